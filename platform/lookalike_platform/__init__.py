@@ -1,0 +1,1 @@
+"""What every component stands on: settings, database, jobs, Celery, blobs, base models."""
