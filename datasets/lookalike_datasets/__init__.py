@@ -1,0 +1,1 @@
+"""Subject sets: intake, cleaning, captions, prior images, latent and text caches."""

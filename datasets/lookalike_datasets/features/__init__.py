@@ -1,0 +1,1 @@
+"""Caches of what a frozen base makes of photos, words and class prompts. Imports torch."""
