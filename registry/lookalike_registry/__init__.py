@@ -1,0 +1,1 @@
+"""Adapter files and their MLflow versions."""

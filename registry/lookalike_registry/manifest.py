@@ -1,0 +1,160 @@
+"""The record of one adapter version: what it is, what it was made from and how it was measured.
+
+It is kept in the database, as `manifest.json` beside the weights in MLflow, and as tags.
+"""
+
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue
+
+from lookalike_platform.files import canonical_digest, sha256_file
+from lookalike_registry.adapter_file import lora_modules, peft_configs
+from lookalike_registry.safetensors_header import read_header
+
+FORMAT_VERSION = 1
+NAME_PATTERN = r"^[a-z0-9][a-z0-9-]{0,62}$"
+"""Concepts are `<name>` in prompts and half of MLflow's model name."""
+
+Sha256 = Field(pattern=r"^[0-9a-f]{64}$")
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Identity(Section):
+    """`id` is `version_id(job_id)`: a job makes one version, however often it is tried."""
+
+    id: str
+    job_id: str
+    owner: str
+    concept: str = Field(pattern=NAME_PATTERN)
+    method: str
+    format_version: int = FORMAT_VERSION
+
+
+class ModuleShape(Section):
+    rank: int
+    alpha: float
+
+
+class Weights(Section):
+    """The weights file. `modules`: rank and alpha by `unet.<module>`, `text_encoder.<module>`.
+
+    `token_count` and `token_width`: learned embedding rows, for methods that learn any.
+    """
+
+    sha256: str = Sha256
+    bytes: int
+    dtype: str
+    modules: dict[str, ModuleShape]
+    token_count: int = 0
+    token_width: int | None = None
+
+
+class BaseRecord(Section):
+    name: str
+    family: str
+    revision: str | None = None
+    fingerprint: str
+    text_digest: str
+    resolution: int
+    prediction_type: str
+
+
+class Prompting(Section):
+    class_noun: str
+    trigger: str
+    recommended_scale: float = 1.0
+    recommended_guidance: float = 4.0
+
+
+class Lineage(Section):
+    """Everything that decided the weights. `images`: sha256 of each, in order."""
+
+    subject_set: str
+    subject_set_digest: str
+    images: list[str]
+    prior_digest: str | None = None
+    config: dict[str, JsonValue]
+    seed: int
+    libraries: dict[str, str]
+    world_size: int
+    zero_stage: int
+    attempts: int
+
+    @property
+    def config_digest(self) -> str:
+        return canonical_digest(self.config)
+
+
+class Evaluation(Section):
+    """Cosine similarities in [-1, 1]; None where a measure was not taken."""
+
+    subject_fidelity: float | None = None
+    prompt_fidelity: float | None = None
+    prior_drift: float | None = None
+    sample_grid: str | None = None  # sha256
+
+
+class Policy(Section):
+    consent: str | None = None
+    retention: str | None = None
+
+
+class Manifest(Section):
+    identity: Identity
+    weights: Weights
+    base: BaseRecord
+    prompting: Prompting
+    lineage: Lineage
+    evaluation: Evaluation = Evaluation()
+    policy: Policy = Policy()
+
+    def to_tags(self) -> dict[str, str]:
+        """The values one searches for, as MLflow's tags; those not known are left out."""
+        tags = {
+            "id": self.identity.id,
+            "job_id": self.identity.job_id,
+            "owner": self.identity.owner,
+            "concept": self.identity.concept,
+            "method": self.identity.method,
+            "format_version": self.identity.format_version,
+            "weights_sha256": self.weights.sha256,
+            "base": self.base.name,
+            "base_fingerprint": self.base.fingerprint,
+            "class_noun": self.prompting.class_noun,
+            "trigger": self.prompting.trigger,
+            "subject_set": self.lineage.subject_set,
+            "subject_set_digest": self.lineage.subject_set_digest,
+            "config_digest": self.lineage.config_digest,
+            "seed": self.lineage.seed,
+            "subject_fidelity": self.evaluation.subject_fidelity,
+            "prompt_fidelity": self.evaluation.prompt_fidelity,
+            "prior_drift": self.evaluation.prior_drift,
+            "consent": self.policy.consent,
+            "retention": self.policy.retention,
+        }
+        return {f"lookalike.{key}": str(value) for key, value in tags.items() if value is not None}
+
+
+def version_id(job_id: str) -> str:
+    """The id of the version a job makes: `adv_…` with the job's own characters."""
+    return f"adv_{job_id.removeprefix('job_')}"
+
+
+def weights_record(path: Path) -> Weights:
+    """Describes an adapter file. Raises InvalidRequest if it is not one."""
+    header = read_header(path)
+    modules = lora_modules(header, path.name)
+    configs = peft_configs(header, path.name)
+    alphas = {part: float(config["lora_alpha"]) for part, config in configs.items()}
+    return Weights(
+        sha256=sha256_file(path),
+        bytes=path.stat().st_size,
+        dtype="+".join(sorted({tensor.dtype for tensor in header.tensors.values()})),
+        modules={
+            name: ModuleShape(rank=module.rank, alpha=alphas[name.partition(".")[0]])
+            for name, module in modules.items()
+        },
+    )
