@@ -1,0 +1,1 @@
+"""The methods, the training loop, the launcher and the worker's train task."""

@@ -1,0 +1,127 @@
+"""What a training job is about, from the database, and the records made of it. Torch-free."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from lookalike_datasets import subject_sets
+from lookalike_platform import bases
+from lookalike_platform.bases import Base
+from lookalike_platform.blobs import BlobStore
+from lookalike_platform.db.engine import Database
+from lookalike_platform.db.tables import Job, SubjectImage, SubjectSet
+from lookalike_platform.errors import InvalidRequest, TrainingFailed
+from lookalike_platform.settings import Settings
+from lookalike_registry.adapter_file import WEIGHTS_NAME
+from lookalike_registry.manifest import (
+    BaseRecord,
+    Evaluation,
+    Identity,
+    Lineage,
+    Manifest,
+    Prompting,
+    version_id,
+    weights_record,
+)
+from lookalike_trainers.config import METHODS, RunImage, RunRequest, TrainingConfig
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """A job with its photos (the accepted ones, in order) and its config as it was admitted."""
+
+    job: Job
+    subject_set: SubjectSet
+    photos: list[SubjectImage]
+    config: TrainingConfig
+
+
+def assignment(db: Database, job_id: str) -> Assignment:
+    """Raises TrainingFailed if the subject set is gone."""
+    with db.read_session() as session:
+        job = session.get_one(Job, job_id)
+        if job.subject_set_id is None:
+            raise TrainingFailed("The job's subject set has been deleted: upload it again.")
+        subject_set = subject_sets.get(session, job.owner, job.subject_set_id)
+        photos = [p for p in subject_sets.images(session, subject_set.id) if p.sha256]
+    info = next(m for m in METHODS if m.name == job.method)
+    return Assignment(job, subject_set, photos, info.config.model_validate(job.request["config"]))
+
+
+def resolve_base(job: Job, settings: Settings) -> Base:
+    """The job's base on this worker. Raises InvalidRequest if its weights are not the ones."""
+    base = bases.resolve(job.base_model, settings)
+    if base.fingerprint != job.base_fingerprint:
+        raise InvalidRequest(
+            f"The base model {job.base_model} on this worker has other weights than when the job "
+            "was accepted. Install the same base on API and workers, then submit it again."
+        )
+    return base
+
+
+def run_request(work: Assignment, blobs: BlobStore, settings: Settings) -> RunRequest:
+    """What the ranks are told: every default filled in, photos as local files."""
+    job, config = work.job, work.config
+    base = resolve_base(job, settings)
+    whole = config.model_copy(update={"resolution": config.resolution or base.resolution})
+    return RunRequest(
+        job_id=job.id,
+        owner=job.owner,
+        concept=job.concept or work.subject_set.name,
+        class_noun=work.subject_set.class_noun,
+        method=str(job.method),
+        config=whole.model_dump(mode="json"),
+        base_name=base.name,
+        base_folder=base.folder,
+        base_fingerprint=base.fingerprint,
+        base_family=base.family,
+        prediction_type=base.prediction_type,
+        images=[
+            RunImage(path=blobs.path(str(p.sha256)), sha256=str(p.sha256), caption=p.caption)
+            for p in work.photos
+        ],
+        cache=settings.cache,
+        device=settings.device,
+        num_processes=config.num_processes or settings.num_processes,
+        zero_stage=settings.zero_stage if config.zero_stage is None else config.zero_stage,
+    )
+
+
+def manifest(work: Assignment, result: Path, attempts: int, settings: Settings) -> Manifest:
+    """The version record of a finished run."""
+    job, config = work.job, work.config
+    base = resolve_base(job, settings)
+    summary = json.loads((result / "result.json").read_text())
+    request = RunRequest.model_validate_json((result.parent / "request.json").read_text())
+    return Manifest(
+        identity=Identity(
+            id=version_id(job.id),
+            job_id=job.id,
+            owner=job.owner,
+            concept=request.concept,
+            method=request.method,
+        ),
+        weights=weights_record(result / WEIGHTS_NAME),
+        base=BaseRecord(
+            name=base.name,
+            family=base.family,
+            fingerprint=base.fingerprint,
+            text_digest=base.text_digest,
+            resolution=base.resolution,
+            prediction_type=base.prediction_type,
+        ),
+        prompting=Prompting(class_noun=request.class_noun, trigger=config.trigger),
+        lineage=Lineage(
+            subject_set=work.subject_set.id,
+            subject_set_digest=work.subject_set.digest,
+            images=[image.sha256 for image in request.images],
+            prior_digest=summary["prior_digest"],
+            config=config.model_dump(mode="json"),
+            seed=config.seed,
+            libraries=summary["libraries"],
+            world_size=request.num_processes,
+            zero_stage=request.zero_stage,
+            attempts=attempts,
+        ),
+        evaluation=Evaluation(sample_grid=summary["grid_sha256"]),
+    )

@@ -1,0 +1,140 @@
+"""What a training job may ask for, and what a rank is told. Torch-free: the API validates with it.
+
+Defaults are those that learn a subject on the bundled 64-pixel base in about a minute on two CPU
+cores; for SD 1.5-sized bases the usual values are in each field's note.
+"""
+
+from pathlib import Path
+from string import Formatter
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class PriorConfig(Strict):
+    """Prior preservation (Ruiz et al. 2023, eq. 2): lambda * MSE on class images of the base."""
+
+    weight: float = Field(default=1.0, gt=0)
+    num_images: int = Field(default=32, ge=1, le=2000)
+    prompt: str | None = Field(default=None, max_length=500)  # None: "a {class noun}"
+    sampler: Literal["ddim", "ddpm", "dpmsolver++", "euler", "unipc"] = "dpmsolver++"
+    steps: int = Field(default=20, ge=1, le=1000)
+    guidance_scale: float = Field(default=4.0, ge=0, le=50)
+    seed: int = Field(default=0, ge=0, lt=2**32)
+
+
+class TrainingConfig(Strict):
+    """Options shared by all methods."""
+
+    steps: int = Field(default=300, ge=1, le=100_000)
+    batch_size: int = Field(default=4, ge=1, le=256)  # per process
+    gradient_accumulation_steps: int = Field(default=1, ge=1, le=256)
+    learning_rate: float = Field(default=1e-3, gt=0, le=1)  # SD 1.5: 1e-4
+    text_encoder_learning_rate: float = Field(default=1e-4, gt=0, le=1)  # SD 1.5: 1e-5
+    lr_scheduler: Literal["constant", "cosine", "linear"] = "constant"
+    lr_warmup_steps: int = Field(default=0, ge=0)
+    weight_decay: float = Field(default=1e-2, ge=0)
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    resolution: int | None = Field(default=None, ge=64, le=2048, multiple_of=8)  # None: the base's
+    prompt: str = Field(default="a {trigger} {class_noun}", max_length=500)
+    trigger: str = Field(default="sks", min_length=1, max_length=40, pattern=r"^[\w-]+$")
+    caption_dropout: float = Field(default=0.05, ge=0, le=1)
+    random_flip: bool = False
+    min_snr_gamma: float | None = Field(default=5.0, gt=0)  # Hang et al. 2023; None: plain MSE
+    mixed_precision: Literal["no", "bf16"] = "no"
+    gradient_checkpointing: bool = False
+    checkpoint_every: int = Field(default=100, ge=1)
+    keep_checkpoints: int = Field(default=2, ge=1)
+    seed: int = Field(default=0, ge=0, lt=2**32)
+    num_processes: int | None = Field(default=None, ge=1, le=64)  # None: the operator's setting
+    zero_stage: int | None = Field(default=None, ge=0, le=3)  # None: the operator's setting
+    prior: PriorConfig | None = None
+
+    @field_validator("prompt")
+    @classmethod
+    def _known_placeholders(cls, prompt: str) -> str:
+        remedy = "write {trigger} and {class_noun} in it, and no other braces"
+        try:
+            fields = {
+                tuple(field) for _, *field in Formatter().parse(prompt) if field[0] is not None
+            }
+        except ValueError as error:
+            raise ValueError(f"{error}; {remedy}") from None
+        if fields - {("trigger", "", None), ("class_noun", "", None)}:
+            raise ValueError(remedy)
+        return prompt
+
+    @model_validator(mode="after")
+    def _prompt_has_trigger(self) -> Self:
+        if "{trigger}" not in self.prompt and self.trigger not in self.prompt.split():
+            raise ValueError("prompt: write {trigger} in it, the word the subject is to answer to")
+        return self
+
+
+UNET_ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+TargetName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.]+$", max_length=100)]
+
+
+class LoraConfig(TrainingConfig):
+    """LoRA (Hu et al. 2021): W' = W + (alpha / rank) B A on the UNet's attention."""
+
+    rank: int = Field(default=8, ge=1, le=256)
+    alpha: float | None = Field(default=None, gt=0)  # None: equal to the rank
+    targets: tuple[TargetName, ...] = Field(default=UNET_ATTENTION, min_length=1)
+    train_text_encoder: bool = False
+
+
+class MethodInfo(BaseModel):
+    """One personalization method: its public name, its config, and where its code is."""
+
+    name: str
+    summary: str
+    config: type[TrainingConfig]
+    entry: str  # "module:function", imported by the trainer rank only
+
+
+METHODS = [
+    MethodInfo(
+        name="lora",
+        summary="Low-rank adapters on the UNet's attention, optionally the text encoder's.",
+        config=LoraConfig,
+        entry="lookalike_trainers.methods.lora:build",
+    ),
+]
+
+
+class RunImage(Strict):
+    path: Path
+    sha256: str
+    caption: str | None = None
+
+
+class RunRequest(Strict):
+    """Everything a rank needs; written by the worker as `request.json` in the run folder."""
+
+    job_id: str
+    owner: str
+    concept: str
+    class_noun: str
+    method: str
+    config: dict[str, object]
+    base_name: str
+    base_folder: Path
+    base_fingerprint: str
+    base_family: str
+    prediction_type: str
+    images: list[RunImage]
+    cache: Path
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    num_processes: int = 1
+    zero_stage: int = Field(default=0, ge=0, le=3)
+
+    @model_validator(mode="after")
+    def _has_images(self) -> "RunRequest":
+        if not self.images:
+            raise ValueError("a run needs at least one image")
+        return self

@@ -1,0 +1,1 @@
+"""One file per personalization method, each reading like its paper."""

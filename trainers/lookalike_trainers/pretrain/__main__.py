@@ -1,0 +1,5 @@
+"""``python -m lookalike_trainers.pretrain``."""
+
+from lookalike_trainers.pretrain.cli import app
+
+app()

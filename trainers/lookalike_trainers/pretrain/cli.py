@@ -1,0 +1,189 @@
+"""``lookalike pretrain``: the recipe of the bundled base model, stage by stage.
+
+Heavy imports wait inside the commands: importing this module must not import torch.
+"""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(help="Make the bundled base model: data, training, evaluation, model card.")
+
+Data = Annotated[Path, typer.Option(help="Prepared data; made by `data`.")]
+Run = Annotated[Path, typer.Option(help="Checkpoints of this run; given again, it resumes.")]
+Start = Annotated[Path, typer.Option(help="Diffusers folder to start from.")]
+
+DEFAULT_DATA = Path(typer.get_app_dir("lookalike")) / "pretrain" / "data"
+DEFAULT_RUN = Path(typer.get_app_dir("lookalike")) / "pretrain" / "run"
+
+
+def _nouns(data: Path, part: str = "training") -> list[str]:
+    nouns: list[str] = json.loads((data / "nouns.json").read_text())[part]
+    return nouns
+
+
+@app.command()
+def data(data: Data = DEFAULT_DATA) -> None:
+    """Fetch the art's packages with npm and apt-get, and prepare sprites and photographs."""
+    from lookalike_trainers.pretrain.sources import fetch, prepare
+
+    fetch(data)
+    prepare(data)
+
+
+@app.command()
+def text(
+    folder: Annotated[Path, typer.Argument(help="Diffusers folder to make.")],
+    data: Data = DEFAULT_DATA,
+) -> None:
+    """Learn the tokenizer and write untrained networks: the start of a run from nothing."""
+    from lookalike_trainers.pretrain.latents import paint_scenes, training_pairs
+    from lookalike_trainers.pretrain.scenes import Mix, load_sprites
+    from lookalike_trainers.pretrain.text import Sizes, new_folder
+
+    nouns = _nouns(data)
+    scenes = paint_scenes(10_000, training_pairs(nouns), load_sprites(data, nouns), Mix(), 0)
+    new_folder(folder, [caption for caption, _ in scenes], Sizes())
+
+
+@app.command()
+def autoencoder(
+    start: Start,
+    data: Data = DEFAULT_DATA,
+    run: Run = DEFAULT_RUN,
+    steps: Annotated[int, typer.Option(min=1)] = 3000,
+    decoder_only: Annotated[bool, typer.Option(help="Keep the latent space as it is.")] = False,
+) -> None:
+    """Train the autoencoder on composites and photographs."""
+    from lookalike_trainers.pretrain.autoencoder import (
+        AutoencoderConfig,
+        load_photos,
+        split_photos,
+        train,
+    )
+    from lookalike_trainers.pretrain.latents import training_pairs
+    from lookalike_trainers.pretrain.models import load_vae
+    from lookalike_trainers.pretrain.scenes import load_sprites
+
+    nouns = _nouns(data)
+    photos, _ = split_photos(load_photos(data))
+    config = AutoencoderConfig(steps=steps, decoder_only=decoder_only)
+    sprites = load_sprites(data, nouns)
+    train(load_vae(start), training_pairs(nouns), sprites, photos, run, config)
+
+
+@app.command()
+def latents(
+    start: Start,
+    data: Data = DEFAULT_DATA,
+    run: Run = DEFAULT_RUN,
+    scenes: Annotated[int, typer.Option(min=64)] = 16384,
+) -> None:
+    """Paint the training scenes and cache their latents."""
+    from lookalike_trainers.pretrain.latents import encode_scenes
+    from lookalike_trainers.pretrain.models import load_trained_vae
+    from lookalike_trainers.pretrain.scenes import Mix, load_sprites
+
+    nouns, vae = _nouns(data), load_trained_vae(start, run)
+    encode_scenes(run / "latents", scenes, nouns, load_sprites(data, nouns), vae, Mix())
+
+
+@app.command()
+def denoiser(
+    start: Start,
+    run: Run = DEFAULT_RUN,
+    steps: Annotated[int, typer.Option(min=1)] = 6000,
+    batch_size: Annotated[int, typer.Option(min=1)] = 64,
+    lr: Annotated[float, typer.Option(min=0)] = 8e-4,
+) -> None:
+    """Train text encoder and UNet on the cached latents."""
+    from lookalike_trainers.pretrain.denoiser import DenoiserConfig, train
+    from lookalike_trainers.pretrain.latents import open_cache
+    from lookalike_trainers.pretrain.models import load_denoiser, load_tokenizer
+
+    config = DenoiserConfig(steps=steps, batch_size=batch_size, peak_lr=lr)
+    cache = open_cache(run / "latents")
+    train(load_denoiser(start), load_tokenizer(start), cache, run, config)
+
+
+@app.command()
+def export(
+    start: Start,
+    folder: Annotated[Path, typer.Argument(help="Diffusers folder to write.")],
+    run: Run = DEFAULT_RUN,
+) -> None:
+    """Write the run's weights as a plain diffusers folder, and its losses beside the run."""
+    from lookalike_trainers.pretrain.export import export as write
+    from lookalike_trainers.pretrain.models import load_denoiser, load_tokenizer, load_vae
+
+    write(load_denoiser(start), load_vae(start), load_tokenizer(start), run, folder)
+
+
+@app.command()
+def judge(
+    data: Data = DEFAULT_DATA,
+    run: Run = DEFAULT_RUN,
+    steps: Annotated[int, typer.Option(min=1)] = 2500,
+) -> None:
+    """Train the judge of `evaluate` on composites of real sprites."""
+    from lookalike_trainers.pretrain.judge import train_judge
+    from lookalike_trainers.pretrain.scenes import load_sprites
+
+    nouns = _nouns(data)
+    train_judge(nouns, load_sprites(data, nouns), run, steps=steps)
+
+
+@app.command()
+def evaluate(
+    folder: Annotated[Path, typer.Argument(help="Diffusers folder to measure.")],
+    data: Data = DEFAULT_DATA,
+    run: Run = DEFAULT_RUN,
+    prompts: Annotated[int, typer.Option(min=5)] = 500,
+    judge_steps: Annotated[int, typer.Option(min=1)] = 2500,
+) -> None:
+    """Measure the quality bars and print them."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from lookalike_trainers.pretrain.autoencoder import load_photos, split_photos
+    from lookalike_trainers.pretrain.evaluate import evaluate as measure
+    from lookalike_trainers.pretrain.judge import train_judge
+    from lookalike_trainers.pretrain.scenes import load_sprites
+
+    nouns = _nouns(data)
+    sprites = load_sprites(data, nouns)
+    _, photos = split_photos(load_photos(data))
+    judge = train_judge(nouns, sprites, run, steps=judge_steps)
+    bars = measure(folder, judge, nouns, sprites, photos, prompts=prompts)
+
+    table = Table("figure", "measured", "demanded", "met", "judge on real sprites")
+    for bar in bars:
+        demanded = "" if bar.demanded is None else f"{bar.demanded:g}"
+        met = "" if bar.demanded is None else ("yes" if bar.met else "no")
+        real = "" if bar.judge is None else f"{bar.judge:.3f}"
+        table.add_row(bar.name, f"{bar.measured:.3f}", demanded, met, real)
+    Console().print(table)
+    content = {"prompts": prompts, "bars": [bar.as_dict() for bar in bars]}
+    (run / "evaluation.json").write_text(json.dumps(content, indent=1))
+
+
+@app.command()
+def card(
+    folder: Annotated[Path, typer.Argument(help="Diffusers folder to describe.")],
+    notes: Annotated[Path, typer.Option(help="JSON with `history` and `caveat`.")],
+    data: Data = DEFAULT_DATA,
+    run: Run = DEFAULT_RUN,
+) -> None:
+    """Paint the sample grid and write the model card; needs `evaluate` and `export` before."""
+    from lookalike_trainers.pretrain.card import sample_scenes, write_card, write_samples
+    from lookalike_trainers.pretrain.sampling import load_pipeline, sample
+    from lookalike_trainers.pretrain.scenes import caption
+
+    nouns = _nouns(data)
+    scenes = sample_scenes(nouns)
+    prompts = [caption(scene) for scene in scenes]
+    pictures = sample(load_pipeline(folder), prompts, guidance=4, steps=30)
+    write_samples(folder, scenes, pictures)
+    write_card(folder, nouns, _nouns(data, "held_out"), run, notes)

@@ -1,0 +1,32 @@
+"""The words a run trains on."""
+
+import re
+
+from lookalike_trainers.config import TrainingConfig
+
+
+def instance_caption(caption: str | None, config: TrainingConfig, class_noun: str) -> str:
+    """The training prompt of a photo: its own caption with the trigger in it, or the run's prompt.
+
+    The trigger goes before the first mention of the class noun: "a dog asleep" becomes
+    "a sks dog asleep"; a caption without the noun is put after "sks dog, ".
+    """
+    subject = f"{config.trigger} {class_noun}"
+    if not caption:
+        # config.py allows no other placeholder
+        return config.prompt.format(trigger=config.trigger, class_noun=class_noun)
+    if _mention(config.trigger).search(caption):
+        return caption
+    named, mentions = _mention(class_noun).subn(lambda _: subject, caption, count=1)
+    return named if mentions else f"{subject}, {caption}"
+
+
+def class_prompt(config: TrainingConfig, class_noun: str) -> str:
+    """The prompt of prior images (Ruiz et al. 2023: "a [class noun]")."""
+    given = config.prior.prompt if config.prior else None
+    return given or f"a {class_noun}"
+
+
+def _mention(words: str) -> re.Pattern[str]:
+    """The words as a whole, in any case: "cat" is not in "caterpillar"."""
+    return re.compile(rf"(?<!\w){re.escape(words)}(?!\w)", re.IGNORECASE)

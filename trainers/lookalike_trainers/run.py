@@ -1,0 +1,196 @@
+"""One rank of a training run: `torchrun … -m lookalike_trainers.run RUN_FOLDER`. Imports torch.
+
+Rank 0 says on standard output, in JSON lines, what happens (docs/architecture.md, run folder);
+everything else that any rank or library prints goes to standard error.
+"""
+
+import json
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib import import_module, metadata
+from pathlib import Path
+from typing import Any
+
+from lookalike_platform.errors import LookalikeError
+from lookalike_platform.files import atomic_write, sha256_file
+from lookalike_platform.process import die_with_parent
+from lookalike_registry.adapter_file import WEIGHTS_NAME
+from lookalike_trainers.config import METHODS, RunRequest, TrainingConfig
+
+Say = Callable[[dict[str, Any]], None]
+LIBRARIES = ("torch", "diffusers", "transformers", "peft", "accelerate", "deepspeed")
+
+
+def main() -> None:
+    die_with_parent()
+    folder = Path(sys.argv[1])
+    rank = int(os.environ["RANK"])
+    say = _speaker(rank)
+    try:
+        outcome = run(folder, say)
+    except LookalikeError as error:
+        say({"type": "error", "problem": error.problem(), **_where(error)})
+        traceback.print_exc()
+        _leave(3)
+    except Exception as error:
+        if rank == 0:
+            say({"type": "crash", "detail": f"{type(error).__name__}: {error}"})
+        traceback.print_exc()
+        _leave(1)
+    say({"type": "done", "outcome": outcome})
+    _leave(0)
+
+
+def run(folder: Path, say: Say) -> str:
+    """Carry out the request in the folder. Returns "complete" or "stopped".
+
+    Raises LookalikeError, with what to do, where the run cannot go on.
+    """
+    request = RunRequest.model_validate_json((folder / "request.json").read_text())
+    info = next(m for m in METHODS if m.name == request.method)
+    config = info.config.model_validate(request.config)
+
+    import torch
+
+    device = _device(request.device)
+    torch.manual_seed(config.seed)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+
+    from lookalike_trainers.base_parts import BaseParts
+    from lookalike_trainers.engine import make_engine
+    from lookalike_trainers.loop import train
+    from lookalike_trainers.prepare import prepare
+
+    world = int(os.environ["WORLD_SIZE"])
+    wants_ids = bool(getattr(config, "train_text_encoder", False))
+    parts = BaseParts(request.base_folder, device)
+    with _first_rank_first(folder):
+        data, prior_digest = prepare(request, config, parts, wants_ids, say)
+
+    module_name, function = info.entry.split(":")
+    torch.manual_seed(config.seed)  # the adapters' start does not depend on what was cached
+    method = getattr(import_module(module_name), function)(parts, config)
+    engine = make_engine(
+        method.module,
+        method.parameter_groups(),
+        config,
+        device=device,
+        world=world,
+        zero_stage=request.zero_stage,
+    )
+    stop = folder / "stop"
+    trained = train(method, data, engine, config, folder / "checkpoints", stop.exists, say)
+    if trained.outcome == "stopped":
+        return "stopped"
+    with engine.whole(method.module):
+        if engine.rank == 0:
+            digest = _save_adapter(method, request, config, folder / "result")
+    if engine.rank == 0:
+        del engine, method
+        _finish(request, config, folder, trained.metrics, digest, prior_digest, device, say)
+    return "complete"
+
+
+def _save_adapter(method: Any, request: RunRequest, config: TrainingConfig, result: Path) -> str:
+    from lookalike_trainers.methods.method import Card
+
+    assert config.resolution is not None
+    result.mkdir(exist_ok=True)
+    card = Card(
+        title=request.concept,
+        family=request.base_family,
+        resolution=config.resolution,
+        trigger=config.trigger,
+        prediction_type=request.prediction_type,
+    )
+    digest: str = method.save(result / WEIGHTS_NAME, card)
+    return digest
+
+
+def _finish(
+    request: RunRequest,
+    config: TrainingConfig,
+    folder: Path,
+    metrics: list[dict[str, float]],
+    digest: str,
+    prior_digest: str | None,
+    device: Any,
+    say: Say,
+) -> None:
+    """Try the adapter, and write the result; `result.json` comes last and means all is there."""
+    from lookalike_trainers.evaluate import draw_samples
+
+    result = folder / "result"
+    lines = "".join(json.dumps(m) + "\n" for m in metrics)
+    atomic_write(result / "metrics.jsonl", lines)
+    say({"type": "stage", "stage": "evaluating"})
+    grid = draw_samples(request, config, result / WEIGHTS_NAME, device, say)
+    summary = {
+        "weights_sha256": digest,
+        "grid_sha256": sha256_file(grid),
+        "prior_digest": prior_digest,
+        "final_loss": metrics[-1]["loss"],
+        "libraries": {name: metadata.version(name) for name in LIBRARIES},
+    }
+    atomic_write(result / "result.json", json.dumps(summary, indent=1))
+
+
+def _device(name: str) -> Any:
+    import torch
+
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    return torch.device("cpu")
+
+
+@contextmanager
+def _first_rank_first(folder: Path) -> Iterator[None]:
+    """Rank 0 goes in at once, the others when it is through: they find its work in the caches.
+
+    The process group that could tell them is made later, with the engine; a file named after this
+    launch does. Should rank 0 fail, torchrun ends those that wait.
+    """
+    rank = int(os.environ["RANK"])
+    through = folder / f".cached-{os.environ['TORCHELASTIC_RUN_ID']}"
+    while rank and not through.exists():
+        time.sleep(0.05)
+    yield
+    if rank == 0:
+        through.touch()
+
+
+def _speaker(rank: int) -> Say:
+    """Rank 0's voice on the real standard output; libraries' prints go to standard error."""
+    lines = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+
+    def say(message: dict[str, Any]) -> None:
+        if rank == 0:
+            lines.write(json.dumps(message) + "\n")
+            lines.flush()
+
+    return say
+
+
+def _where(error: LookalikeError) -> dict[str, Any]:
+    return {
+        key: getattr(error, key) for key in ("step", "what", "checkpoint") if hasattr(error, key)
+    }
+
+
+def _leave(code: int) -> None:
+    """End at once: taking down engines and process groups takes seconds and helps nobody."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    main()
