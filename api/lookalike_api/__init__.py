@@ -1,0 +1,1 @@
+"""The doors of Lookalike: HTTP API, sampling service, command line, Python client."""

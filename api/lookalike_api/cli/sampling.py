@@ -1,0 +1,77 @@
+"""`lookalike sample`: pictures from a prompt, with or without adapters."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from lookalike_api.cli.connection import Url, connect_or_start
+from lookalike_api.cli.output import AsJson, note, show, table
+from lookalike_api.cli.progress import follow
+from lookalike_api.client import Json
+from lookalike_platform.errors import InvalidRequest
+
+
+def sample(
+    prompt: Annotated[str, typer.Argument(help="`<rex>` stands for what adapter rex learned.")],
+    adapters: Annotated[
+        list[str] | None,
+        typer.Option("--adapter", "-a", metavar="NAME[@VERSION][:SCALE]", help="rex@2:0.8"),
+    ] = None,
+    base: Annotated[str | None, typer.Option(help="Left out: the adapters'.")] = None,
+    negative: Annotated[str | None, typer.Option(help="What not to paint.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale; 1 is none.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Sampler steps.")] = None,
+    sampler: Annotated[str | None, typer.Option(help="GET /v1/samplers lists them.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Left out: drawn, and printed.")] = None,
+    width: Annotated[int | None, typer.Option()] = None,
+    height: Annotated[int | None, typer.Option()] = None,
+    number: Annotated[int | None, typer.Option("--number", "-n", help="How many.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for the PNG files.")] = Path(),
+    url: Url = None,
+    as_json: AsJson = False,
+) -> None:
+    """Paint pictures and save them as PNG files, which carry their parameters.
+
+    With no API named and none running, an embedded stack runs for as long as this takes.
+    """
+    uses = [_use(text) for text in adapters or []]
+    with connect_or_start(url) as look:
+        made = look.generate(
+            prompt,
+            adapters=uses,
+            base=base,
+            negative_prompt=negative,
+            guidance_scale=guidance,
+            steps=steps,
+            sampler=sampler,
+            seed=seed,
+            width=width,
+            height=height,
+            num_images=number,
+        )
+        follow(look, made["id"], quiet=as_json)
+        made = look.generation(made["id"])
+        files = [str(path) for path in look.save_images(made, out)]
+    for warning in made["warnings"]:
+        note(warning)
+    show({**made, "files": files}, as_json, lambda: _listing(made, files))
+
+
+def _use(text: str) -> dict[str, Any]:
+    """ "rex@2:0.8" → {"ref": "rex@2", "scale": 0.8}."""
+    ref, colon, scale = text.partition(":")
+    if not colon:
+        return {"ref": ref}
+    try:
+        return {"ref": ref, "scale": float(scale)}
+    except ValueError:
+        raise InvalidRequest(f"The scale of --adapter {text} is not a number: rex:0.8") from None
+
+
+def _listing(made: Json, files: list[str]) -> Any:
+    versions = ", ".join(f"{a['ref']} x {a['scale']:g}" for a in made["versions"]) or "none"
+    rows = (
+        (file, image["seed"], versions) for file, image in zip(files, made["images"], strict=True)
+    )
+    return table(("picture", "seed", "adapters"), rows, "No pictures.")

@@ -1,0 +1,116 @@
+"""What a training may ask for, and its admission as a job."""
+
+import json
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from lookalike_api.http.problems import fields_of, wrong_values
+from lookalike_api.http.shapes import Json
+from lookalike_datasets import subject_sets
+from lookalike_platform import bases
+from lookalike_platform.bases import Base
+from lookalike_platform.db.tables import SubjectSet
+from lookalike_platform.errors import FieldProblem, InvalidRequest, NotFound
+from lookalike_platform.jobs.store import NewJob
+from lookalike_platform.settings import Settings
+from lookalike_registry.manifest import NAME_PATTERN
+from lookalike_trainers.config import METHODS, MethodInfo, TrainingConfig
+from lookalike_trainers.cost import Cost, preview
+
+
+class JobRequest(BaseModel):
+    """A training to run. `config` is the method's own: GET /v1/methods has its schema."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        strict=True,
+        json_schema_extra={
+            "examples": [
+                {
+                    "method": "lora",
+                    "subject_set": "set_01k9z3x8e4c5n6q7r8s9t0v1w2",
+                    "base_model": "pocket-64",
+                    "config": {"rank": 8, "steps": 300, "seed": 1},
+                }
+            ]
+        },
+    )
+
+    method: str = Field(json_schema_extra={"enum": [method.name for method in METHODS]})
+    subject_set: str = Field(pattern=r"^set_[0-9a-z]{1,40}$")
+    base_model: str | None = Field(default=None, min_length=1, max_length=500)
+    """Left out: the installation's default."""
+    concept: str | None = Field(default=None, pattern=NAME_PATTERN)
+    """What the adapter will be called. Left out: the subject set's name."""
+    config: Json = Field(default={})
+
+
+def complete_config(wanted: JobRequest) -> TrainingConfig:
+    """The method's config, taken by its word: "8" is no number and 1 no truth value.
+
+    Raises:
+        InvalidRequest: no such method, or wrong values, with the path of each (`config.rank`).
+    """
+    config = _method(wanted.method).config
+    try:
+        return config.model_validate_json(json.dumps(wanted.config), strict=True)
+    except ValidationError as error:
+        raise wrong_values(fields_of(error.errors(), "config")) from error
+
+
+def admit(
+    session: Session, settings: Settings, owner: str, wanted: JobRequest, config: TrainingConfig
+) -> tuple[NewJob, Cost]:
+    """The job for a request, with its config complete and its base pinned, and what it costs.
+
+    Raises:
+        InvalidRequest: it cannot be carried out, with the path of each wrong field.
+    """
+    base = _base(settings, wanted.base_model)
+    subject_set = _subject_set(session, owner, wanted.subject_set)
+    concept = wanted.concept or subject_set.name
+    new = NewJob(
+        owner=owner,
+        kind="train",
+        method=wanted.method,
+        concept=concept,
+        subject_set_id=subject_set.id,
+        base_model=base.name,
+        base_fingerprint=base.fingerprint,
+        request={
+            "method": wanted.method,
+            "subject_set": subject_set.id,
+            "base_model": base.name,
+            "concept": concept,
+            "config": config.model_dump(mode="json"),
+        },
+    )
+    return new, preview(session, base, config, settings)
+
+
+def _method(name: str) -> MethodInfo:
+    for method in METHODS:
+        if method.name == name:
+            return method
+    known = ", ".join(method.name for method in METHODS)
+    message = f"there is no method {name!r}; choose one of {known}"
+    raise wrong_values([FieldProblem("method", message)])
+
+
+def _base(settings: Settings, name: str | None) -> Base:
+    try:
+        return bases.resolve(name or settings.default_base, settings)
+    except InvalidRequest as error:
+        raise type(error)(error.detail, [FieldProblem("base_model", error.detail)]) from error
+
+
+def _subject_set(session: Session, owner: str, set_id: str) -> SubjectSet:
+    # Held until the job is there, so that a deletion waits, and then sees the job.
+    held = select(SubjectSet.id).where(SubjectSet.id == set_id)
+    session.execute(held.with_for_update(read=True, key_share=True))
+    try:
+        return subject_sets.get(session, owner, set_id)
+    except NotFound as error:
+        raise wrong_values([FieldProblem("subject_set", error.detail)]) from error

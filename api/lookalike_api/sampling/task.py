@@ -1,0 +1,228 @@
+"""The worker's task `lookalike.generate`: one generate job, from claim to pictures. Torch-free.
+
+claim → preparing → sampling ─┬→ succeeded   pictures kept as blobs
+                              ├→ failed      the order cannot be carried out
+                              ├→ canceled    its owner asked
+                              └→ queued      the worker shuts down
+"""
+
+import logging
+import os
+import socket
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from celery import signals
+
+from lookalike_api.sampling.messages import AdapterFile, SampleOrder
+from lookalike_api.sampling.requests import GenerateJob
+from lookalike_api.sampling.service import Painted, SamplerDied, SamplerService
+from lookalike_platform import bases
+from lookalike_platform.blobs import BlobStore, open_blobs
+from lookalike_platform.celery_app import app
+from lookalike_platform.db.engine import Database, open_database
+from lookalike_platform.db.tables import Job
+from lookalike_platform.errors import LookalikeError
+from lookalike_platform.jobs import lease as leases
+from lookalike_platform.jobs.hold import Hold, held
+from lookalike_platform.jobs.lease import Lease, LeaseLost
+from lookalike_platform.settings import Settings, get_settings
+
+log = logging.getLogger(__name__)
+
+# A sampler that dies is started again this often before the job fails.
+TRIES = 2
+# Steps of small models are fast: progress is written no more often than this.
+PROGRESS_SECONDS = 0.25
+
+_shutting_down = threading.Event()
+
+
+@app.task(name="lookalike.generate")
+def generate(job_id: str) -> None:
+    settings = get_settings()
+    worker = f"{socket.gethostname()}:{os.getpid()}"
+    run(
+        job_id, worker, _database(settings.database_url), open_blobs(settings), settings, _sampler()
+    )
+
+
+def run(
+    job_id: str,
+    worker: str,
+    db: Database,
+    blobs: BlobStore,
+    settings: Settings,
+    sampler: SamplerService,
+) -> None:
+    """Carry out a generate job if it is still to be done; its end is written to the database."""
+    lease = leases.claim(db, job_id, worker, settings.lease_seconds)
+    if lease is None:
+        return
+    try:
+        _carry_out(db, lease, blobs, settings, sampler)
+    except LeaseLost:
+        log.warning("%s went on elsewhere; leaving it alone", job_id)
+
+
+def _carry_out(
+    db: Database, lease: Lease, blobs: BlobStore, settings: Settings, sampler: SamplerService
+) -> None:
+    try:
+        with held(db, lease) as hold:
+            result = _sample(db, lease, hold, blobs, settings, sampler)
+    except LeaseLost:
+        raise
+    except LookalikeError as error:
+        leases.fail(db, lease, error.problem())
+    except Exception as error:
+        log.exception("%s failed", lease.job_id)
+        unexpected = LookalikeError(
+            f"The pictures could not be made ({type(error).__name__}: {error}). The worker's log "
+            "has the whole story."
+        )
+        leases.fail(db, lease, unexpected.problem())
+    else:
+        if result is not None:
+            leases.succeed(db, lease, result)
+        elif hold.cancel_requested:
+            leases.cancel(db, lease)
+        else:
+            leases.release(db, lease)
+
+
+def _sample(
+    db: Database,
+    lease: Lease,
+    hold: Hold,
+    blobs: BlobStore,
+    settings: Settings,
+    sampler: SamplerService,
+) -> dict[str, Any] | None:
+    """The job's result; None if it is to stop before the pictures are ready."""
+    with db.read_session() as session:
+        job = session.get_one(Job, lease.job_id)
+        request = GenerateJob.model_validate(job.request)
+        fingerprint = job.base_fingerprint
+    # Parameters go into the pictures, pictures into blobs: the folder is only a way between.
+    with tempfile.TemporaryDirectory(prefix="lookalike-") as folder:
+        order = _order(request, fingerprint, blobs, settings, Path(folder))
+        leases.advance(db, lease, "sampling")
+        started = time.monotonic()
+        painted = _paint(order, db, lease, hold, sampler)
+        if painted is None:
+            return None
+        digests = [blobs.put_file(path) for path in painted.images]
+    return {
+        "images": [
+            {"seed": request.seed + number, "sha256": digest}
+            for number, digest in enumerate(digests)
+        ],
+        "warnings": painted.warnings,
+        "seconds": round(time.monotonic() - started, 3),
+    }
+
+
+def _order(
+    request: GenerateJob,
+    fingerprint: str,
+    blobs: BlobStore,
+    settings: Settings,
+    folder: Path,
+) -> SampleOrder:
+    base = bases.resolve(request.base, settings)
+    if base.fingerprint != fingerprint:
+        raise LookalikeError(
+            f"The base model {request.base} on this worker has other weights than when the job "
+            "was accepted. Install the same base on API and workers, then submit it again."
+        )
+    return SampleOrder(
+        base_fingerprint=base.fingerprint,
+        base_folder=base.folder,
+        device=settings.device,
+        adapters=tuple(
+            AdapterFile(adapter.ref, adapter.digest, blobs.path(adapter.digest), adapter.scale)
+            for adapter in request.adapters
+        ),
+        prompt=request.bound_prompt,
+        negative_prompt=request.negative_prompt,
+        guidance_scale=request.guidance_scale,
+        steps=request.steps,
+        sampler=request.sampler,
+        seed=request.seed,
+        width=request.width,
+        height=request.height,
+        num_images=request.num_images,
+        folder=folder,
+        parameters=tuple(
+            request.parameters(number, fingerprint) for number in range(request.num_images)
+        ),
+    )
+
+
+def _paint(
+    order: SampleOrder, db: Database, lease: Lease, hold: Hold, sampler: SamplerService
+) -> Painted | None:
+    def should_stop() -> bool:
+        return hold.cancel_requested or hold.lost or _shutting_down.is_set()
+
+    on_progress = _progress_writer(db, lease)
+    for attempt in range(1, TRIES + 1):
+        try:
+            return sampler.sample(order, on_progress, should_stop)
+        except SamplerDied as died:
+            text = f"the sampler process died: {died}"
+            leases.event(db, lease, "message", {"text": text, "attempt": attempt}, "warning")
+            reason = str(died)
+    raise LookalikeError(
+        f"The sampler process died {TRIES} times ({reason}), most often because memory ran out. "
+        "Ask for fewer or smaller images, and look at the worker's log."
+    )
+
+
+def _progress_writer(db: Database, lease: Lease) -> Callable[[int, int], None]:
+    started = time.monotonic()
+    written = 0.0
+
+    def write(step: int, total: int) -> None:
+        nonlocal written
+        now = time.monotonic()
+        if now - written < PROGRESS_SECONDS and step < total:
+            return
+        written = now
+        rate = step / max(now - started, 1e-6)
+        progress = {
+            "step": step,
+            "total": total,
+            "steps_per_second": round(rate, 3),
+            "seconds_left": round((total - step) / rate, 1),
+        }
+        leases.progress(db, lease, progress)
+
+    return write
+
+
+@signals.worker_shutting_down.connect
+def _drain(**_: object) -> None:
+    _shutting_down.set()
+
+
+@signals.worker_shutdown.connect
+def _close(**_: object) -> None:
+    _sampler().close()
+
+
+@cache
+def _sampler() -> SamplerService:
+    """The worker's one sampler; started by the first job, not by the worker."""
+    return SamplerService()
+
+
+@cache
+def _database(url: str) -> Database:
+    return open_database(url)
