@@ -1,0 +1,187 @@
+"""What each command sends to the API, and what it prints."""
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from lookalike_platform.jobs import lease as leases
+from support_api import Api
+from support_cli import Lookalike
+from support_images import photo
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    folder = tmp_path / "rex"
+    folder.mkdir()
+    for number in range(3):
+        (folder / f"{number}.jpg").write_bytes(photo(number))
+    (folder / "0.txt").write_text("a dog on a sofa")
+    return folder
+
+
+def test_photos_of_a_folder_are_uploaded_with_their_captions(
+    lookalike: Lookalike, photos: Path
+) -> None:
+    made = lookalike("subjects", "add", photos, "--class-noun", "dog", "--json").json
+    assert (made["name"], made["class_noun"]) == ("rex", "dog")
+    assert [image["caption"] for image in made["images"]] == ["a dog on a sofa", None, None]
+    assert lookalike("subjects", "list", "--json").json == [made]
+    assert lookalike("subjects", "show", made["id"], "--json").json == made
+
+
+def test_the_verdict_on_each_photo_is_printed(lookalike: Lookalike, photos: Path) -> None:
+    Image.new("RGB", (20, 20)).save(photos / "small.png")
+    ran = lookalike("subjects", "add", photos, "-c", "dog")
+    line = next(line for line in ran.out.splitlines() if "small.png" in line)
+    assert "refused" in line
+    assert "20" in line
+    assert "3 of 4" in lookalike("subjects", "list").out
+
+
+def test_a_deleted_subject_set_is_gone(lookalike: Lookalike, api: Api) -> None:
+    set_id = api.add_set()["id"]
+    assert lookalike("subjects", "delete", set_id, "--json").json == {"deleted": set_id}
+    assert lookalike("subjects", "list", "--json").json == []
+    assert "No subject sets" in lookalike("subjects", "list").out
+
+
+def test_training_a_folder_uploads_it_first(lookalike: Lookalike, photos: Path) -> None:
+    job = lookalike("train", photos, "-c", "dog", "--detach", "--json").json
+    assert (job["state"], job["concept"]) == ("queued", "rex")
+    assert [one["id"] for one in lookalike("jobs", "list", "--json").json] == [job["id"]]
+
+
+def test_training_photos_without_saying_what_they_show_is_refused(
+    lookalike: Lookalike, photos: Path
+) -> None:
+    ran = lookalike("train", photos, "--detach")
+    assert ran.code == 1
+    assert "--class-noun" in ran.err
+
+
+def test_options_come_from_a_file_and_from_the_command_line(
+    lookalike: Lookalike, api: Api, tmp_path: Path
+) -> None:
+    file = tmp_path / "options.toml"
+    file.write_text('rank = 4\nsteps = 50\nlr_scheduler = "cosine"\n')
+    set_id = api.add_set()["id"]
+    given = ["--config", file, "--set", "steps=60", "--set", "prior.num_images=2"]
+    job = lookalike("train", set_id, "--concept", "my-rex", *given, "--detach", "--json").json
+    config = job["request"]["config"]
+    assert job["concept"] == "my-rex"
+    assert (config["rank"], config["steps"], config["lr_scheduler"]) == (4, 60, "cosine")
+    assert config["prior"]["num_images"] == 2
+
+
+@pytest.mark.parametrize(
+    ("option", "said"), [("steps", "--set steps=VALUE"), ("stepz=3", "config.stepz")]
+)
+def test_an_option_that_cannot_be_is_named(
+    lookalike: Lookalike, api: Api, option: str, said: str
+) -> None:
+    ran = lookalike("train", api.add_set()["id"], "--set", option, "--detach")
+    assert ran.code == 1
+    assert ran.out == ""
+    assert said in ran.err
+
+
+def test_a_file_of_options_that_cannot_be_read_is_named(lookalike: Lookalike, api: Api) -> None:
+    ran = lookalike("train", api.add_set()["id"], "--config", "none.toml", "--detach")
+    assert ran.code == 1
+    assert "none.toml" in ran.err
+
+
+def test_a_dry_run_says_what_it_would_cost_and_queues_nothing(
+    lookalike: Lookalike, api: Api
+) -> None:
+    preview = lookalike("train", api.add_set()["id"], "--dry-run", "--json").json
+    assert preview["steps"] == 300
+    assert lookalike("jobs", "list", "--json").json == []
+
+
+def test_a_job_shows_who_worked_on_it(lookalike: Lookalike, api: Api) -> None:
+    job = lookalike("train", api.add_set()["id"], "--detach", "--json").json
+    assert leases.claim(api.context.db, job["id"], "worker-7", 30)
+    shown = lookalike("jobs", "show", job["id"], "--json").json
+    assert [attempt["worker"] for attempt in shown["attempts"]] == ["worker-7"]
+    assert "worker-7" in lookalike("jobs", "show", job["id"]).out
+
+
+def test_a_canceled_job_ends_its_events(lookalike: Lookalike, api: Api) -> None:
+    job_id = lookalike("train", api.add_set()["id"], "--detach", "--json").json["id"]
+    assert lookalike("jobs", "cancel", job_id, "--json").json["outcome"] == "canceled"
+    assert "finished already" in lookalike("jobs", "cancel", job_id).out
+    events = [
+        json.loads(line) for line in lookalike("jobs", "events", job_id, "--json").out.splitlines()
+    ]
+    assert [event["payload"]["state"] for event in events] == ["queued", "canceled"]
+    assert "canceled" in lookalike("jobs", "events", job_id).out
+    listed = lookalike("jobs", "list", "--state", "canceled", "--kind", "train", "--json").json
+    assert [job["id"] for job in listed] == [job_id]
+
+
+def test_an_adapters_versions_aliases_and_files_are_at_hand(
+    lookalike: Lookalike, api: Api, tmp_path: Path
+) -> None:
+    api.register_version("rex")
+    api.register_version("rex")
+    assert lookalike("adapters", "alias", "rex", "best", 1, "--json").json["version"] == 1
+    (one,) = lookalike("adapters", "list", "--json").json
+    assert (one["name"], one["versions"], one["aliases"]["best"]) == ("rex", 2, 1)
+    assert "best → 1" in lookalike("adapters", "list").out
+    shown = lookalike("adapters", "show", "rex", "--json").json
+    assert [version["ref"] for version in shown] == ["rex@2", "rex@1"]
+    saved = lookalike("adapters", "download", "rex@best", "--out", tmp_path / "got", "--json").json
+    assert {Path(file).name for file in saved["files"]} == set(shown[1]["files"])
+    assert all(Path(file).stat().st_size for file in saved["files"])
+    assert lookalike("adapters", "delete", "rex@1", "--json").json == {"deleted": "rex@1"}
+    assert len(lookalike("adapters", "show", "rex", "--json").json) == 1
+
+
+def test_deleting_an_adapter_without_its_version_is_refused(lookalike: Lookalike) -> None:
+    ran = lookalike("adapters", "delete", "rex")
+    assert ran.code == 1
+    assert "rex@3" in ran.err
+
+
+def test_the_base_models_are_listed(lookalike: Lookalike) -> None:
+    names = [base["name"] for base in lookalike("bases", "list", "--json").json]
+    assert "pocket-64" in names
+    assert "pocket-64" in lookalike("bases", "list").out
+
+
+def test_an_error_of_the_api_is_a_problem_on_standard_output_with_json(
+    lookalike: Lookalike,
+) -> None:
+    ran = lookalike("jobs", "show", "job_none", "--json")
+    assert ran.code == 1
+    assert ran.json["type"] == "urn:lookalike:problem:not-found"
+    assert ran.err == ""
+
+
+def test_an_error_for_people_goes_to_standard_error(lookalike: Lookalike) -> None:
+    ran = lookalike("jobs", "show", "job_none")
+    assert ran.code == 1
+    assert ran.out == ""
+    assert "job_none" in ran.err
+
+
+def test_an_api_that_is_not_there_is_said_with_what_to_do(lookalike: Lookalike) -> None:
+    ran = lookalike("jobs", "list", "--url", "http://127.0.0.1:9")
+    assert ran.code == 1
+    assert "lookalike up" in ran.err
+
+
+def test_a_scale_that_is_no_number_is_refused(lookalike: Lookalike) -> None:
+    ran = lookalike("sample", "a <rex>", "--adapter", "rex:much")
+    assert ran.code == 1
+    assert "rex:much" in ran.err
+
+
+def test_a_wrong_prompt_is_refused_with_its_field(lookalike: Lookalike) -> None:
+    ran = lookalike("sample", "a <rex>", "--json")
+    assert ran.code == 1
+    assert [error["path"] for error in ran.json["errors"]] == ["prompt"]

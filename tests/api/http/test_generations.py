@@ -1,0 +1,213 @@
+"""Generations as far as the API decides them; pictures are made in tests/api/sampling."""
+
+import threading
+from typing import Any
+
+import pytest
+
+from lookalike_platform.jobs import lease as leases
+from support_api import Api, paths_of, problem_of
+from support_models import save_base
+
+
+def ask(api: Api, query: str = "", **wanted: Any) -> Any:
+    return api.http.post(f"/v1/generations{query}", json={"prompt": "a dog", **wanted})
+
+
+def finish(api: Api, generation_id: str) -> str:
+    """Do the worker's part: two pictures, which are only bytes here."""
+    lease = leases.claim(api.context.db, generation_id, "worker", 60)
+    assert lease is not None
+    digest = api.context.blobs.put(b"PNG")
+    images = [{"seed": seed, "sha256": digest} for seed in (7, 8)]
+    result = {"images": images, "warnings": ["cut off"], "seconds": 0.5}
+    leases.succeed(api.context.db, lease, result)
+    return digest
+
+
+def test_a_generation_answers_with_everything_decided(api: Api) -> None:
+    version = api.add_version("rex")
+    answer = ask(api, prompt="<rex> on the moon", adapters=[{"ref": "rex@candidate"}], seed=7)
+    assert answer.status_code == 202
+    made = answer.json()
+    assert answer.headers["location"] == f"/v1/generations/{made['id']}"
+    assert made["state"] == "queued"
+    assert made["bound_prompt"] == "sks dog on the moon"
+    [used] = made["versions"]
+    assert used == {
+        "asked": "rex@candidate",
+        "ref": "rex@1",
+        "name": "rex",
+        "version": 1,
+        "digest": version.digest,
+        "scale": 1.0,
+    }
+    assert (made["base"], made["width"], made["height"]) == ("pocket-64", 64, 64)
+    assert (made["seed"], made["warnings"], made["images"]) == (7, [], [])
+    assert api.http.get(f"/v1/generations/{made['id']}").json() == made
+    assert api.http.get(f"/v1/jobs/{made['id']}").json()["kind"] == "generate"
+
+
+def test_an_alias_is_resolved_once(api: Api) -> None:
+    api.add_version("rex")
+    made = ask(api, adapters=[{"ref": "rex@candidate"}]).json()
+    api.add_version("rex")
+    again = ask(api, adapters=[{"ref": "rex@candidate"}]).json()
+    assert again["versions"][0]["ref"] == "rex@2"
+    assert api.http.get(f"/v1/generations/{made['id']}").json()["versions"][0]["ref"] == "rex@1"
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        {"ref": "rex"},
+        {"ref": "rex@1"},
+        {"ref": "rex@candidate"},
+        {"name": "rex"},
+        {"name": "rex", "version": 1},
+        {"name": "rex", "alias": "candidate"},
+        {"name": "rex@candidate"},
+    ],
+)
+def test_an_adapter_can_be_named_by_version_or_alias(api: Api, use: dict[str, Any]) -> None:
+    api.add_version("rex")
+    [version] = ask(api, adapters=[use | {"scale": 0.5}]).json()["versions"]
+    assert (version["ref"], version["scale"]) == ("rex@1", 0.5)
+
+
+def test_a_missing_seed_is_drawn_and_returned(api: Api) -> None:
+    seeds = {ask(api).json()["seed"] for _ in range(3)}
+    assert len(seeds) == 3
+
+
+def test_a_prompt_without_the_subject_gets_a_warning(api: Api) -> None:
+    api.add_version("rex")
+    [warning] = ask(api, adapters=[{"ref": "rex"}]).json()["warnings"]
+    assert "<rex>" in warning
+    assert "sks dog" in warning
+
+
+def test_the_same_key_draws_no_second_seed(api: Api) -> None:
+    headers = {"Idempotency-Key": "once"}
+    wanted = {"prompt": "a dog"}
+    first = api.http.post("/v1/generations", json=wanted, headers=headers).json()
+    again = api.http.post("/v1/generations", json=wanted, headers=headers).json()
+    assert again == first
+
+
+@pytest.mark.parametrize(
+    ("wanted", "path"),
+    [
+        ({"prompt": ""}, "prompt"),
+        ({"prompt": 7}, "prompt"),
+        ({"prompt": "a" * 10_000}, "prompt"),
+        ({"negative_prompt": "a" * 10_000}, "negative_prompt"),
+        ({"prompt": "<tom> runs"}, "prompt"),
+        ({"steps": -5}, "steps"),
+        ({"steps": "20"}, "steps"),
+        ({"steps": 100_000}, "steps"),
+        ({"sampler": "plms"}, "sampler"),
+        ({"guidance_scale": 0.5}, "guidance_scale"),
+        ({"guidance_scale": 1e9}, "guidance_scale"),
+        ({"seed": -1}, "seed"),
+        ({"seed": 2**32}, "seed"),
+        ({"num_images": 0}, "num_images"),
+        ({"num_images": 17}, "num_images"),
+        ({"width": 100}, "width"),
+        ({"height": 4096}, "height"),
+        ({"width": 2048, "height": 2048, "num_images": 16}, "num_images"),
+        ({"base": "no-such-base"}, "base"),
+        ({"adapters": [{"ref": "nobody@3"}]}, "adapters[0].ref"),
+        ({"adapters": [{"ref": "rex@9"}]}, "adapters[0].ref"),
+        ({"adapters": [{"ref": "rex@\x00"}]}, "adapters[0].ref"),
+        ({"adapters": [{"ref": "rex", "scale": 100}]}, "adapters[0].scale"),
+        ({"adapters": [{"ref": "rex", "weight": 1}]}, "adapters[0].weight"),
+        ({"adapters": [{"scale": 1}]}, "adapters[0].ref"),
+        ({"adapters": [{"ref": "rex"}, {"ref": "rex@1"}]}, "adapters"),
+        ({"adapters": "rex"}, "adapters"),
+        ({"guidance": 4}, "guidance"),
+    ],
+)
+def test_a_wrong_request_leaves_nothing(api: Api, wanted: dict[str, Any], path: str) -> None:
+    api.add_version("rex")
+    before = api.kept()
+    assert paths_of(ask(api, **wanted)) == [path]
+    assert api.kept() == before
+
+
+def test_an_adapter_of_another_base_is_refused_by_both_names(api: Api) -> None:
+    other = str(save_base(api.settings.home / "other"))
+    api.add_version("tom", base=other)
+    before = api.kept()
+    answer = ask(api, prompt="<tom>", adapters=[{"ref": "tom"}], base="pocket-64")
+    assert paths_of(answer) == ["adapters[0].ref"]
+    message = answer.json()["errors"][0]["message"]
+    assert "pocket-64" in message
+    assert other in message
+    assert api.kept() == before
+    assert ask(api, prompt="<tom>", adapters=[{"ref": "tom"}]).json()["base"] == other
+
+
+def test_adapters_of_two_bases_do_not_mix(api: Api) -> None:
+    api.add_version("rex")
+    api.add_version("tom", base=str(save_base(api.settings.home / "other")))
+    answer = ask(api, prompt="<rex> and <tom>", adapters=[{"ref": "rex"}, {"ref": "tom"}])
+    assert paths_of(answer) == ["adapters[1].ref"]
+
+
+def test_another_owners_adapter_is_not_there(api: Api) -> None:
+    api.add_version("rex", owner="somebody")
+    assert paths_of(ask(api, adapters=[{"ref": "rex"}])) == ["adapters[0].ref"]
+
+
+def test_any_text_can_be_a_prompt(api: Api) -> None:
+    prompt = "a <, a 犬 \u0000 and\n'; drop table jobs; --"
+    made = ask(api, prompt=prompt).json()
+    assert api.http.get(f"/v1/generations/{made['id']}").json()["prompt"] == prompt
+
+
+def test_waiting_ends_with_the_pictures(api: Api) -> None:
+    answers = []
+    waiter = threading.Thread(target=lambda: answers.append(ask(api, "?wait=60")))
+    waiter.start()
+    while not (queued := api.http.get("/v1/jobs").json()["items"]):
+        pass
+    finish(api, queued[0]["id"])
+    waiter.join()
+    [answer] = answers
+    assert answer.status_code == 200
+    assert answer.json()["state"] == "succeeded"
+    assert len(answer.json()["images"]) == 2
+
+
+def test_waiting_gives_up_when_the_time_is_over(api: Api) -> None:
+    answer = ask(api, "?wait=0.1")
+    assert (answer.status_code, answer.json()["state"]) == (202, "queued")
+
+
+@pytest.mark.parametrize("wait", ["-1", "nan", "soon", "100000"])
+def test_a_wait_that_cannot_be_is_refused(api: Api, wait: str) -> None:
+    before = api.kept()
+    assert paths_of(ask(api, f"?wait={wait}")) == ["wait"]
+    assert api.kept() == before
+
+
+def test_pictures_are_there_once_it_has_succeeded(api: Api) -> None:
+    made = ask(api).json()
+    place = f"/v1/generations/{made['id']}/images/0"
+    assert "queued" in problem_of(api.http.get(place), 409)["detail"]
+    digest = finish(api, made["id"])
+    done = api.http.get(f"/v1/generations/{made['id']}").json()
+    assert [image["seed"] for image in done["images"]] == [7, 8]
+    assert done["images"][0]["url"] == place
+    assert done["warnings"] == ["cut off"]
+    picture = api.http.get(place)
+    assert (picture.content, picture.headers["content-type"]) == (b"PNG", "image/png")
+    assert picture.headers["etag"] == f'"{digest}"'
+    problem_of(api.http.get(f"/v1/generations/{made['id']}/images/2"), 404)
+
+
+def test_a_training_is_no_generation(api: Api) -> None:
+    wanted = {"method": "lora", "subject_set": api.add_set()["id"]}
+    job_id = api.http.post("/v1/jobs", json=wanted).json()["id"]
+    assert "/v1/jobs/" in problem_of(api.http.get(f"/v1/generations/{job_id}"), 404)["detail"]

@@ -1,0 +1,192 @@
+import json
+from typing import Any
+
+import pytest
+
+from lookalike_platform.db.tables import Job
+from lookalike_platform.jobs import lease as leases
+from lookalike_platform.jobs.store import get
+from lookalike_trainers.config import LoraConfig
+from support_api import Api, paths_of, problem_of
+
+
+def submit(api: Api, key: str | None = None, **changes: Any) -> Any:
+    wanted = {"method": "lora", "subject_set": api.add_set()["id"]} | changes
+    headers = {"Idempotency-Key": key} if key else {}
+    return api.http.post("/v1/jobs", json=wanted, headers=headers)
+
+
+def test_a_job_is_queued_with_its_config_complete_and_its_base_pinned(api: Api) -> None:
+    answer = submit(api, config={"rank": 4, "prior": {"num_images": 2}})
+    assert answer.status_code == 202
+    job = answer.json()
+    assert answer.headers["location"] == f"/v1/jobs/{job['id']}"
+    assert (job["kind"], job["state"], job["concept"]) == ("train", "queued", "rex")
+    expected = LoraConfig.model_validate({"rank": 4, "prior": {"num_images": 2}})
+    assert job["request"]["config"] == expected.model_dump(mode="json")
+    assert job["base_model"] == "pocket-64"
+    assert len(job["base_fingerprint"]) == 64
+    assert api.http.get(f"/v1/jobs/{job['id']}").json() == job
+
+
+def test_a_concept_can_be_named(api: Api) -> None:
+    assert submit(api, concept="my-rex").json()["concept"] == "my-rex"
+
+
+def test_the_same_key_and_body_get_the_first_answer_and_one_job(api: Api) -> None:
+    wanted = {"method": "lora", "subject_set": api.add_set()["id"]}
+    headers = {"Idempotency-Key": "once"}
+    first = api.http.post("/v1/jobs", json=wanted, headers=headers)
+    again = api.http.post("/v1/jobs", json=wanted, headers=headers)
+    assert again.json() == first.json()
+    assert "idempotency-replayed" not in first.headers
+    assert again.headers["idempotency-replayed"] == "true"
+    assert len(api.http.get("/v1/jobs").json()["items"]) == 1
+
+
+def test_the_same_key_with_another_body_is_refused(api: Api) -> None:
+    submit(api, key="once").raise_for_status()
+    problem = problem_of(submit(api, key="once", config={"rank": 2}), 422)
+    assert "another body" in problem["detail"]
+    assert len(api.http.get("/v1/jobs").json()["items"]) == 1
+
+
+def test_a_refused_request_does_not_use_up_its_key(api: Api) -> None:
+    set_id = api.add_set()["id"]
+    headers = {"Idempotency-Key": "once"}
+    wrong = {"method": "lora", "subject_set": set_id, "config": {"rank": 0}}
+    problem_of(api.http.post("/v1/jobs", json=wrong, headers=headers), 422)
+    right = {"method": "lora", "subject_set": set_id}
+    assert api.http.post("/v1/jobs", json=right, headers=headers).status_code == 202
+
+
+@pytest.mark.parametrize(
+    ("config", "path"),
+    [
+        ({"rank": -4}, "config.rank"),
+        ({"rank": "8"}, "config.rank"),
+        ({"rank": True}, "config.rank"),
+        ({"steps": -1}, "config.steps"),
+        ({"steps": 1.5}, "config.steps"),
+        ({"learning_rate": 0}, "config.learning_rate"),
+        ({"rnak": 8}, "config.rnak"),
+        ({"prior": {"num_images": 0}}, "config.prior.num_images"),
+        ({"prior": {"sampler": "plms"}}, "config.prior.sampler"),
+        ({"targets": ["to_q", "a b"]}, "config.targets[1]"),
+        ({"prompt": "a" * 10_000}, "config.prompt"),
+    ],
+)
+def test_a_wrong_config_value_is_named_by_its_path(
+    api: Api, config: dict[str, Any], path: str
+) -> None:
+    assert paths_of(submit(api, config=config)) == [path]
+
+
+@pytest.mark.parametrize(
+    ("change", "path"),
+    [
+        ({"method": "magic"}, "method"),
+        ({"method": 3}, "method"),
+        ({"subject_set": "set_0000"}, "subject_set"),
+        ({"subject_set": "../../etc"}, "subject_set"),
+        ({"base_model": "no-such-base"}, "base_model"),
+        ({"base_model": "/tmp"}, "base_model"),
+        ({"base_model": "nul\x00"}, "base_model"),
+        ({"concept": "Not A Name"}, "concept"),
+        ({"config": []}, "config"),
+        ({"config": {"prompt": "\ud800"}}, "config"),
+        ({"extra": 1}, "extra"),
+    ],
+)
+def test_a_wrong_request_leaves_no_job(api: Api, change: dict[str, Any], path: str) -> None:
+    wanted: dict[str, Any] = {"method": "lora", "subject_set": api.add_set()["id"]}
+    before = api.kept()
+    body = json.dumps(wanted | change)  # in ASCII, so that a lone surrogate can be sent
+    headers = {"Content-Type": "application/json", "Idempotency-Key": "once"}
+    assert paths_of(api.http.post("/v1/jobs", content=body, headers=headers)) == [path]
+    assert api.kept() == before
+
+
+def test_jobs_are_listed_newest_first_filtered_and_paged(api: Api) -> None:
+    made = [submit(api).json()["id"] for _ in range(3)]
+    first = api.http.get("/v1/jobs?limit=2&kind=train").json()
+    second = api.http.get(f"/v1/jobs?limit=2&cursor={first['next_cursor']}").json()
+    assert [job["id"] for job in first["items"] + second["items"]] == made[::-1]
+    assert api.http.get("/v1/jobs?state=succeeded").json()["items"] == []
+    assert len(api.http.get("/v1/jobs?state=queued&method=lora").json()["items"]) == 3
+    assert api.http.get("/v1/jobs?kind=generate").json()["items"] == []
+
+
+@pytest.mark.parametrize(
+    "query", ["limit=0", "limit=9999", "cursor=%00", "cursor=x", "state=bored", "stat=queued"]
+)
+def test_a_wrong_filter_is_refused_rather_than_left_out(api: Api, query: str) -> None:
+    problem_of(api.http.get(f"/v1/jobs?{query}"), 422)
+
+
+def test_canceling_tells_what_came_of_it(api: Api) -> None:
+    waiting, running = submit(api).json()["id"], submit(api).json()["id"]
+    lease = leases.claim(api.context.db, running, "worker", 60)
+    assert lease is not None
+    canceled = api.http.post(f"/v1/jobs/{waiting}/cancel").json()
+    assert (canceled["outcome"], canceled["job"]["state"]) == ("canceled", "canceled")
+    requested = api.http.post(f"/v1/jobs/{running}/cancel").json()
+    assert requested["outcome"] == "requested"
+    assert requested["job"]["cancel_requested"] is True
+    assert api.http.post(f"/v1/jobs/{waiting}/cancel").json()["outcome"] == "finished"
+
+
+def test_attempts_tell_who_had_the_job(api: Api) -> None:
+    job_id = submit(api).json()["id"]
+    lease = leases.claim(api.context.db, job_id, "worker-1", 60)
+    assert lease is not None
+    leases.release(api.context.db, lease)
+    [attempt] = api.http.get(f"/v1/jobs/{job_id}/attempts").json()["items"]
+    assert (attempt["number"], attempt["worker"], attempt["outcome"]) == (1, "worker-1", "drained")
+
+
+def test_progress_and_failure_show_in_the_job(api: Api) -> None:
+    job_id = submit(api).json()["id"]
+    lease = leases.claim(api.context.db, job_id, "worker-1", 60)
+    assert lease is not None
+    leases.progress(api.context.db, lease, {"step": 3, "total": 10, "loss": 0.5})
+    assert api.http.get(f"/v1/jobs/{job_id}").json()["progress"]["step"] == 3
+    leases.fail(api.context.db, lease, {"title": "The training run stopped", "detail": "NaN"})
+    job = api.http.get(f"/v1/jobs/{job_id}").json()
+    assert (job["state"], job["error"]["detail"]) == ("failed", "NaN")
+
+
+def test_another_owners_job_is_not_there(api: Api) -> None:
+    job_id = submit(api).json()["id"]
+    with api.context.db.session() as session:
+        row: Job = get(session, "local", job_id)
+        row.owner = "somebody"
+    for answer in (
+        api.http.get(f"/v1/jobs/{job_id}"),
+        api.http.get(f"/v1/jobs/{job_id}/events"),
+        api.http.get(f"/v1/jobs/{job_id}/attempts"),
+        api.http.post(f"/v1/jobs/{job_id}/cancel"),
+        api.http.get(f"/v1/generations/{job_id}"),
+    ):
+        problem_of(answer, 404)
+    assert api.http.get("/v1/jobs").json()["items"] == []
+
+
+def test_a_dry_run_says_the_cost_and_queues_nothing(api: Api) -> None:
+    wanted = {
+        "method": "lora",
+        "subject_set": api.add_set()["id"],
+        "config": {"rank": 2, "steps": 10, "batch_size": 4},
+    }
+    answer = api.http.post("/v1/jobs", params={"dry_run": "true"}, json=wanted)
+    assert answer.status_code == 200
+    cost = answer.json()
+    assert (cost["steps"], cost["samples"]) == (10, 40)
+    assert cost["adapter_bytes"] == 4 * cost["trainable_parameters"] > 0
+    assert cost["seconds"] is None  # nothing has been trained here yet
+    assert api.http.get("/v1/jobs").json()["items"] == []
+
+
+def test_targets_the_base_does_not_have_are_refused_by_name(api: Api) -> None:
+    assert paths_of(submit(api, config={"targets": ["to_z"]})) == ["config.targets"]
+    assert api.http.get("/v1/jobs").json()["items"] == []

@@ -1,0 +1,49 @@
+import pytest
+
+from lookalike_api.sampling.prompts import Subject, bind
+from lookalike_platform.errors import InvalidRequest
+
+REX = Subject("rex", "sks", "dog")
+TOM = Subject("tom", "zwx", "cat")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "bound"),
+    [
+        ("<rex> on the moon with <tom>", "sks dog on the moon with zwx cat"),
+        ("<rex> beside <tom>, <rex> again", "sks dog beside zwx cat, sks dog again"),
+        ("a photo of sks dog and zwx cat", "a photo of sks dog and zwx cat"),
+        ("<rex><tom>", "sks dogzwx cat"),
+        ("SKS, ZWX", "SKS, ZWX"),
+    ],
+)
+def test_a_name_in_brackets_becomes_the_subjects_phrase(prompt: str, bound: str) -> None:
+    assert bind(prompt, [REX, TOM]) == (bound, [])
+
+
+@pytest.mark.parametrize("prompt", ["a dog", "sksy dog", "rex on the moon", "tasks"])
+def test_a_prompt_that_forgets_a_subject_gets_a_warning(prompt: str) -> None:
+    bound, [warning] = bind(prompt, [REX])
+    assert bound == prompt
+    assert "<rex>" in warning
+    assert "sks dog" in warning
+
+
+def test_an_unknown_name_is_refused_with_those_there_are() -> None:
+    with pytest.raises(InvalidRequest) as refused:
+        bind("<rex> and <max>", [REX])
+    [problem] = refused.value.fields
+    assert problem.path == "prompt"
+    assert "<max>" in problem.message
+    assert "<rex>" in problem.message
+
+
+@pytest.mark.parametrize("prompt", ["a < b > c", "<>", "< rex >", "1<2"])
+def test_brackets_around_no_name_are_left_alone(prompt: str) -> None:
+    assert bind(prompt, []) == (prompt, [])
+
+
+def test_subjects_of_one_trigger_word_may_mix_and_that_is_said() -> None:
+    _, [warning] = bind("<rex> and <max>", [REX, Subject("max", "SKS", "cat")])
+    assert "rex and max" in warning
+    assert "sks" in warning

@@ -1,0 +1,3 @@
+from support_stack import tiny_base
+
+__all__ = ["tiny_base"]

@@ -1,0 +1,17 @@
+from lookalike_platform.errors import FieldProblem, InvalidRequest, LookalikeError
+
+
+def test_an_error_tells_its_problem_with_the_fields_that_are_wrong() -> None:
+    error = InvalidRequest("two values are wrong", [FieldProblem("config.rank", "at least 1")])
+    assert error.problem() == {
+        "type": "urn:lookalike:problem:invalid-request",
+        "title": "The request cannot be carried out as it is",
+        "status": 422,
+        "detail": "two values are wrong",
+        "errors": [{"path": "config.rank", "message": "at least 1"}],
+    }
+    assert str(error) == "two values are wrong\n  config.rank: at least 1"
+
+
+def test_errors_are_hashable_as_exceptions_must_be() -> None:
+    assert len({LookalikeError("a"), LookalikeError("a")}) == 2

@@ -1,0 +1,139 @@
+"""A run's luck depends on the seed, the step and the place in it, and on nothing else."""
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+
+from lookalike_datasets.features.latents import Moments
+from lookalike_trainers.config import LoraConfig, PriorConfig
+from lookalike_trainers.data import Batch, Images, TrainingData
+from lookalike_trainers.draws import Draw, draw
+from lookalike_trainers.objective import NoiseSchedule
+
+PHOTOS, CLASS_IMAGES = 3, 5
+
+
+def one(step: int = 0, place: int = 0, seed: int = 0, **changes: Any) -> Draw:
+    options: dict[str, Any] = {
+        "global_batch": 4,
+        "photos": PHOTOS,
+        "flips": 2,
+        "timesteps": 1000,
+        "caption_dropout": 0.5,
+        "shape": (4, 8, 8),
+        "of": "instance",
+    }
+    return draw(seed, step, place, **options | changes)
+
+
+def data(**config: Any) -> TrainingData:
+    def images(count: int) -> Images:
+        moments = Moments(torch.randn(count, 4, 8, 8), torch.rand(count, 4, 8, 8), flips=1)
+        return Images(moments, captions=[1] * count)
+
+    torch.manual_seed(0)
+    return TrainingData(
+        instance=images(PHOTOS),
+        prior=images(CLASS_IMAGES),
+        texts=torch.randn(2, 6, 8),
+        schedule=NoiseSchedule(torch.linspace(0.99, 0.01, 1000), "epsilon"),
+        scaling_factor=0.5,
+        config=LoraConfig(prior=PriorConfig(), **config),
+    )
+
+
+def halves(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Instance and class samples."""
+    instance, prior = batch.noisy.chunk(2)
+    return instance, prior
+
+
+def test_the_same_coordinates_give_the_same_draw_whatever_was_drawn_before() -> None:
+    torch.manual_seed(1)
+    first = one(3, 2)
+    torch.randn(10)
+    assert vars(one(3, 2)).keys() == vars(first).keys()
+    assert torch.equal(one(3, 2).noise, first.noise)
+    assert torch.equal(one(3, 2).posterior, first.posterior)
+    assert one(3, 2).timestep == first.timestep
+
+
+@pytest.mark.parametrize(
+    "other", [{"step": 1}, {"place": 1}, {"seed": 1}, {"of": "class"}], ids=lambda c: next(iter(c))
+)
+def test_any_other_coordinate_gives_another_draw(other: dict[str, Any]) -> None:
+    assert not torch.equal(one(**other).noise, one().noise)
+
+
+def test_noise_and_the_encoders_noise_are_independent_unit_gaussians() -> None:
+    draws = [one(batch, shape=(4, 16, 16)) for batch in range(50)]
+    noise = torch.stack([d.noise for d in draws]).flatten()
+    posterior = torch.stack([d.posterior for d in draws]).flatten()
+    assert noise.mean().abs() < 0.02
+    assert abs(noise.std() - 1) < 0.02
+    assert (noise * posterior).mean().abs() < 0.02
+
+
+def test_timesteps_flips_and_dropped_captions_come_at_their_rates() -> None:
+    draws = [one(batch, place, shape=(1, 1, 1)) for batch in range(500) for place in range(4)]
+    timesteps = torch.tensor([float(d.timestep) for d in draws])
+    assert timesteps.min() >= 0
+    assert timesteps.max() < 1000
+    assert abs(timesteps.mean() - 499.5) < 25
+    assert abs(sum(d.drop_caption for d in draws) / len(draws) - 0.5) < 0.05
+    assert abs(sum(d.view % 2 for d in draws) / len(draws) - 0.5) < 0.05
+
+
+def test_captions_are_never_dropped_at_rate_0_and_always_at_rate_1() -> None:
+    assert not any(one(b, caption_dropout=0.0).drop_caption for b in range(100))
+    assert all(one(b, caption_dropout=1.0).drop_caption for b in range(100))
+
+
+def test_every_photo_comes_once_before_any_comes_twice() -> None:
+    """Four places a batch over three photos: a round of photos goes on into the next batch."""
+    order = [one(batch, place, flips=1).view for batch in range(3) for place in range(4)]
+    for start in range(0, 12, PHOTOS):
+        assert sorted(order[start : start + PHOTOS]) == [0, 1, 2]
+    assert Counter(order) == {0: 4, 1: 4, 2: 4}
+
+
+def test_two_processes_share_what_one_would_draw_alone() -> None:
+    alone = data(batch_size=4).batch(5, 0, rank=0, world=1)
+    first = data(batch_size=2).batch(5, 0, rank=0, world=2)
+    second = data(batch_size=2).batch(5, 0, rank=1, world=2)
+    for part in (0, 1):
+        together = torch.cat([halves(first)[part], halves(second)[part]])
+        assert torch.equal(together, halves(alone)[part])
+
+
+def test_two_micro_batches_share_what_one_batch_would_draw() -> None:
+    whole = data(batch_size=4).batch(5, 0, rank=0, world=1)
+    small = data(batch_size=2, gradient_accumulation_steps=2)
+    for part in (0, 1):
+        micro = [halves(small.batch(5, m, rank=0, world=1))[part] for m in (0, 1)]
+        assert torch.equal(torch.cat(micro), halves(whole)[part])
+
+
+def test_a_dropped_caption_is_the_empty_prompt() -> None:
+    always = data(caption_dropout=1.0)
+    assert torch.equal(always.batch(0, 0, 0, 1).text, always.texts[[0] * 8])
+    never = data(caption_dropout=0.0)
+    assert torch.equal(never.batch(0, 0, 0, 1).text, never.texts[[1] * 8])
+
+
+def test_without_noise_in_the_encoder_latents_are_its_scaled_means() -> None:
+    exact = data()
+    exact.instance.moments.std.zero_()
+    clean = TrainingData(
+        exact.instance,
+        None,
+        exact.texts,
+        NoiseSchedule(torch.ones(1000), "epsilon"),
+        exact.scaling_factor,
+        exact.config,
+    )
+    means = exact.instance.moments.mean * exact.scaling_factor
+    for latent in clean.batch(0, 0, 0, 1).noisy:
+        assert any(torch.equal(latent, mean) for mean in means)

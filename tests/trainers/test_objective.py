@@ -1,0 +1,98 @@
+"""The loss and its gradient against the formulas of the papers, written out in float64."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from lookalike_platform.errors import CapabilityMissing
+from lookalike_trainers.objective import NoiseSchedule, weighted_mse
+
+T = 50
+ALPHAS = torch.linspace(0.999, 0.01, T, dtype=torch.float64)
+TIMESTEPS = torch.tensor([0, 7, 23, 49])
+
+
+def schedule(prediction_type: str) -> NoiseSchedule:
+    return NoiseSchedule(ALPHAS, prediction_type)
+
+
+@pytest.fixture
+def batch() -> tuple[torch.Tensor, torch.Tensor]:
+    """Latents and noise [4, 2, 3, 3]."""
+    generator = torch.Generator().manual_seed(0)
+    latents, noise = torch.randn((2, 4, 2, 3, 3), generator=generator, dtype=torch.float64)
+    return latents, noise
+
+
+def test_noise_is_added_as_ho_et_al_do(batch: tuple[torch.Tensor, torch.Tensor]) -> None:
+    latents, noise = batch
+    noisy = schedule("epsilon").noised(latents, noise, TIMESTEPS)
+    for i, t in enumerate(TIMESTEPS):
+        expected = ALPHAS[t] ** 0.5 * latents[i] + (1 - ALPHAS[t]) ** 0.5 * noise[i]
+        torch.testing.assert_close(noisy[i], expected)
+
+
+def test_the_target_is_the_noise_or_the_velocity(batch: tuple[torch.Tensor, torch.Tensor]) -> None:
+    latents, noise = batch
+    assert torch.equal(schedule("epsilon").target(latents, noise, TIMESTEPS), noise)
+    velocity = schedule("v_prediction").target(latents, noise, TIMESTEPS)
+    for i, t in enumerate(TIMESTEPS):
+        expected = ALPHAS[t] ** 0.5 * noise[i] - (1 - ALPHAS[t]) ** 0.5 * latents[i]
+        torch.testing.assert_close(velocity[i], expected)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_min_snr_weights_are_those_of_hang_et_al(prediction_type: str) -> None:
+    weights = schedule(prediction_type).weight(TIMESTEPS, gamma=5.0)
+    for i, t in enumerate(TIMESTEPS):
+        snr = ALPHAS[t] / (1 - ALPHAS[t])
+        divisor = snr if prediction_type == "epsilon" else snr + 1
+        torch.testing.assert_close(weights[i], min(snr, torch.tensor(5.0)) / divisor)
+
+
+def test_without_gamma_every_sample_weighs_the_same() -> None:
+    assert schedule("epsilon").weight(TIMESTEPS, gamma=None).tolist() == [1, 1, 1, 1]
+
+
+def test_a_last_step_without_signal_weighs_nothing_instead_of_nan() -> None:
+    """Schedules rescaled to zero terminal SNR end there (Lin et al. 2024)."""
+    rescaled = NoiseSchedule(torch.tensor([0.9, 0.0]), "v_prediction")
+    assert rescaled.weight(torch.tensor([1]), gamma=5.0).tolist() == [0]
+
+
+@pytest.mark.parametrize("gamma", [None, 5.0])
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_loss_and_gradient_weigh_both_terms_sample_by_sample(
+    prediction_type: str, gamma: float | None
+) -> None:
+    """Ruiz et al. 2023, eq. 2, with min-SNR inside both means: 2 photos, 3 class images."""
+    generator = torch.Generator().manual_seed(1)
+    prediction, target = torch.randn((2, 5, 2, 3, 3), generator=generator, dtype=torch.float64)
+    timesteps, prior_weight = torch.tensor([3, 40, 11, 0, 49]), 0.7
+    base = torch.tensor([1 / 2] * 2 + [prior_weight / 3] * 3, dtype=torch.float64)
+    weight = base * schedule(prediction_type).weight(timesteps, gamma)
+    prediction.requires_grad_()
+    loss = weighted_mse(prediction, target, weight)
+    loss.backward()
+
+    snr = ALPHAS[timesteps] / (1 - ALPHAS[timesteps])
+    divisor = snr if prediction_type == "epsilon" else snr + 1
+    w = torch.ones(5) if gamma is None else snr.clamp(max=gamma) / divisor
+    error = (prediction.detach() - target) ** 2
+    instance = sum(w[i] * error[i].mean() for i in (0, 1)) / 2
+    prior = sum(w[i] * error[i].mean() for i in (2, 3, 4)) / 3
+    whole = torch.as_tensor(instance + prior_weight * prior)
+    torch.testing.assert_close(loss.double(), whole, rtol=1e-6, atol=0)
+
+    slope = 2 * (prediction.detach() - target) / error[0].numel()
+    expected = torch.stack([base[i] * w[i] * slope[i] for i in range(5)])
+    torch.testing.assert_close(prediction.grad, expected, rtol=1e-6, atol=1e-9)
+
+
+def test_a_prediction_type_that_is_not_known_is_refused_by_name() -> None:
+    scheduler = SimpleNamespace(
+        config=SimpleNamespace(prediction_type="sample"), alphas_cumprod=ALPHAS
+    )
+    with pytest.raises(CapabilityMissing, match="'sample'"):
+        NoiseSchedule.of(scheduler)

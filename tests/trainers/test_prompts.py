@@ -1,0 +1,45 @@
+import pytest
+
+from lookalike_trainers.config import LoraConfig, PriorConfig
+from lookalike_trainers.prompts import class_prompt, instance_caption
+
+
+@pytest.mark.parametrize(
+    ("caption", "expected"),
+    [
+        (None, "a sks cat"),
+        ("", "a sks cat"),
+        ("a cat asleep on a sofa", "a sks cat asleep on a sofa"),
+        ("a caterpillar beside a cat", "a caterpillar beside a sks cat"),
+        ("two cats", "sks cat, two cats"),
+        ("A Cat at night", "A sks cat at night"),
+        ("asleep on a sofa", "sks cat, asleep on a sofa"),
+        ("my sks cat", "my sks cat"),
+        ("sks, asleep", "sks, asleep"),
+    ],
+)
+def test_a_caption_names_the_subject_by_its_trigger(caption: str | None, expected: str) -> None:
+    assert instance_caption(caption, LoraConfig(), "cat") == expected
+
+
+def test_the_runs_own_prompt_takes_trigger_and_noun() -> None:
+    config = LoraConfig(prompt="a photo of {trigger} the {class_noun}", trigger="zwx")
+    assert instance_caption(None, config, "dog") == "a photo of zwx the dog"
+
+
+@pytest.mark.parametrize(
+    "prompt", ["a {trigger} {animal}", "a {} {trigger}", "a {trigger", "{trigger.x}", "{trigger!r}"]
+)
+def test_a_prompt_with_other_placeholders_is_refused(prompt: str) -> None:
+    with pytest.raises(ValueError, match=r"\{trigger\}"):
+        LoraConfig(prompt=prompt)
+
+
+def test_a_prompt_without_the_trigger_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"\{trigger\}"):
+        LoraConfig(prompt="a {class_noun}")
+
+
+def test_class_images_have_the_plain_noun_unless_told_otherwise() -> None:
+    assert class_prompt(LoraConfig(prior=PriorConfig()), "dog") == "a dog"
+    assert class_prompt(LoraConfig(prior=PriorConfig(prompt="a puppy")), "dog") == "a puppy"

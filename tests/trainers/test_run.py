@@ -1,0 +1,89 @@
+"""A run as the worker starts it: torchrun, two processes, JSON lines, files in the run folder."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from lookalike_platform.files import sha256_file
+from lookalike_registry.adapter_file import WEIGHTS_NAME, check_against_base
+from lookalike_trainers.config import LoraConfig
+from lookalike_trainers.launcher import launch
+from support_images import photo
+from support_models import save_base
+from support_ranks import run_request
+
+pytestmark = pytest.mark.processes
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    save_base(tmp_path / "base")
+    (tmp_path / "photos").mkdir()
+    for number in range(3):
+        (tmp_path / "photos" / f"{number}.jpg").write_bytes(photo(number))
+    return tmp_path
+
+
+def carry_out(folder: Path, processes: int, stage: int, **config: Any) -> tuple[int, list[Any]]:
+    """The exit code, and what rank 0 said."""
+    request = run_request(
+        folder,
+        LoraConfig(resolution=64, rank=2, **config),
+        num_processes=processes,
+        zero_stage=stage,
+    )
+    running = launch(request, folder / "run")
+    said = list(running.messages())
+    return running.popen.returncode, said
+
+
+def test_two_processes_with_shared_weights_train_evaluate_and_leave_a_result(folder: Path) -> None:
+    """Stage 3, the text encoder and prior images: whatever shares weights must give them back."""
+    code, said = carry_out(
+        folder,
+        2,
+        3,
+        steps=3,
+        batch_size=1,
+        train_text_encoder=True,
+        prior={"num_images": 2, "steps": 2},
+    )
+    assert code == 0, (folder / "run" / "log.txt").read_text()[-4000:]
+    stages = [m["stage"] for m in said if m["type"] == "stage"]
+    assert stages == ["caching", "prior", "training", "evaluating"]
+    steps = [m for m in said if m["type"] == "progress"]
+    assert (steps[0]["step"], steps[-1]["step"], steps[-1]["total"]) == (1, 3, 3)
+    assert [m["step"] for m in said if m["type"] == "checkpoint"] == [3]
+    assert said[-1] == {"type": "done", "outcome": "complete"}
+
+    result = folder / "run" / "result"
+    summary = json.loads((result / "result.json").read_text())
+    assert summary["weights_sha256"] == sha256_file(result / WEIGHTS_NAME)
+    assert summary["grid_sha256"] == sha256_file(result / "samples.png")
+    header = check_against_base(result / WEIGHTS_NAME, folder / "base")
+    assert {key.partition(".")[0] for key in header.tensors} == {"unet", "text_encoder"}
+    metrics = [json.loads(line) for line in (result / "metrics.jsonl").read_text().splitlines()]
+    assert [m["step"] for m in metrics] == [1, 2, 3]
+    assert summary["final_loss"] == metrics[-1]["loss"]
+    with Image.open(result / "samples.png") as grid:
+        assert grid.width == 4 * 64  # two seeds of the base beside two of the adapter
+
+
+def test_a_run_that_diverges_says_step_cause_and_remedy_and_leaves_no_result(folder: Path) -> None:
+    """A base whose answers are too large to be squared: the first loss is infinite."""
+    path = folder / "base" / "unet" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(path)
+    weights["conv_out.bias"] = torch.full_like(weights["conv_out.bias"], 1e30)
+    save_file(weights, path)
+    code, said = carry_out(folder, 1, 0, steps=3, batch_size=1)
+    assert code != 0
+    error = said[-1]
+    assert (error["type"], error["step"], error["what"]) == ("error", 1, "loss")
+    assert "learning rate of 0.001" in error["problem"]["detail"]
+    assert "No checkpoint had been made" in error["problem"]["detail"]
+    assert not (folder / "run" / "result" / "result.json").exists()
