@@ -12,9 +12,9 @@ from lookalike_platform.db.engine import Database, migrate, open_database
 from lookalike_platform.settings import Settings
 from support_databases import empty, fresh_database
 
-# Read when torch is first imported: its threads sleep while they wait, as in the trainer, so that
-# the processes a test starts do not slow the test itself down ten times.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Read when torch is first imported: its threads soon sleep while they wait, as in the trainer, so
+# that the processes a test starts do not slow the test itself down ten times.
+os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])

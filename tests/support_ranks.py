@@ -62,7 +62,6 @@ def launch(folder: Path, scenarios: list[Scenario], world: int) -> list[dict[str
             **os.environ,
             "DS_ACCELERATOR": "cpu",
             "OMP_NUM_THREADS": "1",
-            "OMP_WAIT_POLICY": "PASSIVE",
             "TOKENIZERS_PARALLELISM": "false",
         },
         capture_output=True,

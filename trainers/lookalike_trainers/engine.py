@@ -16,7 +16,6 @@ from torch import nn
 
 from lookalike_platform.errors import TrainingFailed
 from lookalike_trainers.config import TrainingConfig
-from lookalike_trainers.packed import pack_frozen_layers
 
 NEVER = 10**9
 
@@ -130,8 +129,6 @@ def make_engine(
         deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=_deepspeed_config(config, world, zero_stage)),
         kwargs_handlers=backend,
     )
-    if zero_stage < 3:  # which cuts the frozen weights into shares
-        pack_frozen_layers(module)
     optimizer = torch.optim.AdamW(groups, weight_decay=config.weight_decay, fused=True)
     rates = [float(group["lr"]) for group in groups]
     model, prepared = accelerator.prepare(module, optimizer)

@@ -20,10 +20,11 @@ from lookalike_platform.process import spawn_group
 # What the process says; None when it says no more.
 Answers = queue.Queue[dict[str, Any] | None]
 
+# Threads that wait for each other spin for microseconds, then sleep: to spin long slows steps down
+# tenfold as soon as another program wants one of the cores, never to spin makes them half as slow
+# again. An operator's own value goes first.
+SPIN_COUNT = "3000"
 ENVIRONMENT = {
-    # Threads that wait for each other sleep: spinning slows steps down tenfold as soon as another
-    # program wants one of the cores.
-    "OMP_WAIT_POLICY": "PASSIVE",
     "HF_HUB_OFFLINE": "1",  # nothing on a request's path asks a hub
     "TOKENIZERS_PARALLELISM": "false",
 }
@@ -149,7 +150,7 @@ class SamplerService:
         # A group of its own: an interrupt typed at the worker leaves the order in hand alone.
         self._process = spawn_group(
             [sys.executable, "-m", "lookalike_api.sampling.process"],
-            env={**os.environ, **ENVIRONMENT},
+            env={"GOMP_SPINCOUNT": SPIN_COUNT, **os.environ, **ENVIRONMENT},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
         )

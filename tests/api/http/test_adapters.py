@@ -101,6 +101,7 @@ def test_an_alias_moves_and_production_protects_from_deletion(api: Api) -> None:
         context = api.context
         register(context.db, context.blobs, api.settings, manifest, files, METRICS)
     pointed = api.http.put("/v1/adapters/rex/aliases/production", json={"version": 1})
+    assert pointed.status_code == 200, pointed.text
     assert pointed.json()["aliases"] == ["production"]
     assert api.http.get("/v1/adapters/rex").json()["default_version"] == 1
     assert "production" in problem_of(api.http.delete("/v1/adapters/rex/versions/1"), 409)["detail"]

@@ -157,8 +157,7 @@ def test_a_killed_process_is_told_and_started_again(
     pid = sampler.pid
     assert pid is not None
     os.kill(pid, signal.SIGKILL)  # between two orders
-    while _runs(pid):
-        time.sleep(0.02)
+    os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)  # with all its threads
     assert sampler.sample(order, ignore, never) is not None
 
 
