@@ -1,0 +1,1 @@
+"""How good an adapter is: measures, the encoders they need, and DreamBench's protocol."""
