@@ -117,6 +117,7 @@ def _train(folder: Path, scenario: Scenario) -> Outcome:
     from accelerate.state import AcceleratorState
 
     from lookalike_trainers.base_parts import BaseParts
+    from lookalike_trainers.data import Batch
     from lookalike_trainers.engine import make_engine
     from lookalike_trainers.loop import Diverged, train
     from lookalike_trainers.methods.lora import build
@@ -127,7 +128,7 @@ def _train(folder: Path, scenario: Scenario) -> Outcome:
     config = LoraConfig(resolution=64, **scenario.config)
     request = run_request(folder, config, num_processes=world, zero_stage=scenario.zero_stage)
     parts = BaseParts(request.base_folder, torch.device("cpu"))
-    data, _ = prepare(request, config, parts, config.train_text_encoder, lambda message: None)
+    data, _ = prepare(request, config, parts, lambda message: None)
     torch.manual_seed(config.seed)
     method = build(parts, config)
     before = {name: p.detach().clone() for name, p in method.module.named_parameters()}
@@ -157,13 +158,13 @@ def _train(folder: Path, scenario: Scenario) -> Outcome:
             weights.append(_digest(engine, method.module))
         return norm
 
-    def broken(*tensors: torch.Tensor) -> torch.Tensor:
-        loss = loss_of(*tensors)
+    def broken(prediction: torch.Tensor, batch: Batch) -> torch.Tensor:
+        loss = loss_of(prediction, batch)
         if scenario.breaks and (len(weights), rank) == tuple(scenario.breaks[:2]):
             if scenario.breaks[2] == "loss":
                 return loss * float("nan")
             # The root's slope at zero is infinite, and infinity times zero is not a number.
-            return loss + (tensors[0] * 0).sum().abs().sqrt()
+            return loss + (prediction * 0).sum().abs().sqrt()
         return loss
 
     engine.step, method.loss = step, broken  # type: ignore[method-assign]

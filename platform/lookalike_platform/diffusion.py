@@ -12,6 +12,8 @@ import numpy
 import torch
 from PIL import Image
 
+from lookalike_platform.conditioning import Text, predict
+
 
 def noise(
     seeds: Sequence[int], channels: int, height: int, width: int
@@ -31,8 +33,8 @@ def denoise(
     sampler: Any,
     latents: torch.Tensor,
     generators: list[torch.Generator],
-    text: torch.Tensor,
-    blank: torch.Tensor,
+    text: Text,
+    blank: Text,
     *,
     steps: int,
     guidance_scale: float,
@@ -42,7 +44,7 @@ def denoise(
 
     Args:
         sampler: a fresh diffusers scheduler; it has state.
-        text, blank: features of prompt and negative prompt, [images or 1, tokens, width].
+        text, blank: prompt and negative prompt, one for each image or one for all.
         on_step: called with the number of steps done after each; may raise to stop.
     """
     count = len(latents)
@@ -53,14 +55,14 @@ def denoise(
 
     latents = latents * sampler.init_noise_sigma
     guided = guidance_scale != 1.0
-    condition = text.expand(count, -1, -1)
+    condition = text.expand(count)
     if guided:
-        condition = torch.cat([blank.expand(count, -1, -1), condition])
+        condition = Text.cat([blank.expand(count), condition])
 
     for number, timestep in enumerate(sampler.timesteps):
         seen = torch.cat([latents, latents]) if guided else latents
         seen = sampler.scale_model_input(seen, timestep)
-        predicted = unet(seen, timestep, condition, return_dict=False)[0]
+        predicted = predict(unet, seen, timestep, condition)
         if guided:
             unconditional, conditional = predicted.chunk(2)
             predicted = guide(unconditional, conditional, guidance_scale)

@@ -55,6 +55,15 @@ class Settings(BaseSettings):
     zero_stage: int = Field(default=0, ge=0, le=3)
     device: Literal["auto", "cpu", "cuda"] = "auto"
     max_prompt_characters: int = 2000
+
+    # Evaluation: a folder, or a hub id that is in the hub's local cache
+    clip_encoder: str | None = None
+    """Judges prompts, and subjects too: openai/clip-vit-base-patch32 is the papers'."""
+
+    dino_encoder: str | None = None
+    """Judges subjects: facebook/dino-vits16 is the papers'. With neither the base judges itself."""
+
+    # Serving
     max_wait_seconds: float = 120.0
 
     @model_validator(mode="after")

@@ -189,7 +189,7 @@ def check_against_base(path: Path, base_folder: Path) -> Header:
     problems = [
         FieldProblem(key, "holds values that are not finite")
         for key, tensor in header.tensors.items()
-        if not _finite(path, tensor)
+        if not finite(path, tensor)
     ]
     if problems:
         raise InvalidRequest(f"{path.name} is damaged: its training diverged.", problems)
@@ -263,7 +263,7 @@ def _misfit(module: LoraModule, weight: tuple[int, ...] | None, rank: int) -> st
     return None
 
 
-def _finite(path: Path, tensor: Tensor) -> bool:
+def finite(path: Path, tensor: Tensor) -> bool:
     """No infinity and no NaN: such values have all exponent bits set."""
     import numpy
 

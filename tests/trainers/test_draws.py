@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from lookalike_datasets.features.latents import Moments
+from lookalike_platform.conditioning import Text
 from lookalike_trainers.config import LoraConfig, PriorConfig
 from lookalike_trainers.data import Batch, Images, TrainingData
 from lookalike_trainers.draws import Draw, draw
@@ -37,11 +38,16 @@ def data(**config: Any) -> TrainingData:
     return TrainingData(
         instance=images(PHOTOS),
         prior=images(CLASS_IMAGES),
-        texts=torch.randn(2, 6, 8),
+        texts=Text(torch.randn(2, 6, 8)),
         schedule=NoiseSchedule(torch.linspace(0.99, 0.01, 1000), "epsilon"),
         scaling_factor=0.5,
         config=LoraConfig(prior=PriorConfig(), **config),
     )
+
+
+def features(text: Text | torch.Tensor) -> torch.Tensor:
+    assert isinstance(text, Text)
+    return text.features
 
 
 def halves(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
@@ -118,9 +124,9 @@ def test_two_micro_batches_share_what_one_batch_would_draw() -> None:
 
 def test_a_dropped_caption_is_the_empty_prompt() -> None:
     always = data(caption_dropout=1.0)
-    assert torch.equal(always.batch(0, 0, 0, 1).text, always.texts[[0] * 8])
+    assert torch.equal(features(always.batch(0, 0, 0, 1).text), features(always.texts[[0] * 8]))
     never = data(caption_dropout=0.0)
-    assert torch.equal(never.batch(0, 0, 0, 1).text, never.texts[[1] * 8])
+    assert torch.equal(features(never.batch(0, 0, 0, 1).text), features(never.texts[[1] * 8]))
 
 
 def test_without_noise_in_the_encoder_latents_are_its_scaled_means() -> None:

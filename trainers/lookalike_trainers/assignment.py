@@ -12,7 +12,6 @@ from lookalike_platform.db.engine import Database
 from lookalike_platform.db.tables import Job, SubjectImage, SubjectSet
 from lookalike_platform.errors import InvalidRequest, TrainingFailed
 from lookalike_platform.settings import Settings
-from lookalike_registry.adapter_file import WEIGHTS_NAME
 from lookalike_registry.manifest import (
     BaseRecord,
     Evaluation,
@@ -63,7 +62,11 @@ def run_request(work: Assignment, blobs: BlobStore, settings: Settings) -> RunRe
     """What the ranks are told: every default filled in, photos as local files."""
     job, config = work.job, work.config
     base = resolve_base(job, settings)
-    whole = config.model_copy(update={"resolution": config.resolution or base.resolution})
+    decided = {
+        "resolution": config.resolution or base.resolution,
+        "initializer": config.initializer or work.subject_set.class_noun,
+    }
+    whole = config.model_copy(update=decided)
     return RunRequest(
         job_id=job.id,
         owner=job.owner,
@@ -101,7 +104,7 @@ def manifest(work: Assignment, result: Path, attempts: int, settings: Settings) 
             concept=request.concept,
             method=request.method,
         ),
-        weights=weights_record(result / WEIGHTS_NAME),
+        weights=weights_record(result / summary["weights"]),
         base=BaseRecord(
             name=base.name,
             family=base.family,

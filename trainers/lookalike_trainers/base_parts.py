@@ -1,5 +1,9 @@
-"""The parts of a base model, each loaded when first needed and let go when no longer. Torch."""
+"""A base model's parts, each loaded when it is first asked for and let go when it has served.
 
+Torch. Everything is float32 and frozen; a method thaws what it trains.
+"""
+
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -7,10 +11,11 @@ from typing import Any
 import torch
 
 from lookalike_datasets.features.text import tokenize
+from lookalike_platform.conditioning import Text, encode
 
 
 class BaseParts:
-    """A diffusers folder of the family of Stable Diffusion 1 and 2, part by part.
+    """A diffusers folder of Stable Diffusion 1, 2 or XL, part by part.
 
     Only the submodule of each part is imported: diffusers as a whole takes seconds.
     """
@@ -18,7 +23,9 @@ class BaseParts:
     def __init__(self, folder: Path, device: torch.device) -> None:
         self.folder = folder
         self.device = device
+        self.learned: dict[str, list[str]] = {}
         self._loaded: dict[str, Any] = {}
+        self._names = [f"text_encoder{suffix}" for suffix in self._suffixes()]
 
     @property
     def unet(self) -> Any:
@@ -33,20 +40,26 @@ class BaseParts:
         return self._part("vae", AutoencoderKL)
 
     @property
-    def text_encoder(self) -> Any:
-        from transformers.models.clip.modeling_clip import CLIPTextModel
+    def text_encoders(self) -> list[Any]:
+        """One, or SDXL's two."""
+        from transformers.models.clip import modeling_clip
 
-        return self._part("text_encoder", CLIPTextModel)
+        kinds = (modeling_clip.CLIPTextModel, modeling_clip.CLIPTextModelWithProjection)
+        return [self._part(name, kind) for name, kind in zip(self._names, kinds, strict=False)]
 
     @property
-    def tokenizer(self) -> Any:
-        if "tokenizer" not in self._loaded:
+    def tokenizers(self) -> list[Any]:
+        if "tokenizers" not in self._loaded:
             from transformers.models.clip.tokenization_clip import CLIPTokenizer
 
-            self._loaded["tokenizer"] = CLIPTokenizer.from_pretrained(
-                self.folder / "tokenizer", local_files_only=True
-            )
-        return self._loaded["tokenizer"]
+            self._loaded["tokenizers"] = [
+                CLIPTokenizer.from_pretrained(
+                    self.folder / f"tokenizer{suffix}", local_files_only=True
+                )
+                for suffix in self._suffixes()
+            ]
+        tokenizers: list[Any] = self._loaded["tokenizers"]
+        return tokenizers
 
     @property
     def scheduler(self) -> Any:
@@ -59,22 +72,38 @@ class BaseParts:
             )
         return self._loaded["scheduler"]
 
-    def encode(self, prompts: Sequence[str]) -> torch.Tensor:
-        """Text features [prompts, tokens, width] of the base's own text encoder."""
-        ids = tokenize(self.tokenizer, prompts).to(self.device)
-        features: torch.Tensor = self.text_encoder(ids)[0]
-        return features
+    def ids(self, prompts: Sequence[str]) -> torch.Tensor:
+        """Token ids [prompts, encoders, tokens]; see `tokens.py` for words that are learned."""
+        spelled = [spell(prompt, self.learned) for prompt in prompts]
+        return torch.stack([tokenize(tokenizer, spelled) for tokenizer in self.tokenizers], dim=1)
+
+    def encode(self, prompts: Sequence[str], resolution: int) -> Text:
+        """Prompts as the base's own text encoders read them."""
+        return encode(self.text_encoders, self.ids(prompts).to(self.device), resolution)
+
+    def learn(self, word: str, count: int) -> None:
+        """From now on `word` in a prompt is `count` new tokens of the tokenizers.
+
+        Their ids follow the vocabulary's; `tokens.py` gives the encoders rows for them.
+        """
+        self.learned[word] = token_names(word, count)
+        for tokenizer in self.tokenizers:
+            tokenizer.add_tokens(self.learned[word])
 
     def take(self, name: str) -> Any:
-        """Hand a part over to the caller, and keep no hold on it."""
+        """Hand a part (`unet`, `text_encoders`) over to the caller, and keep no hold on it."""
         part = getattr(self, name)
-        del self._loaded[name]
+        for key in self._names if name == "text_encoders" else [name]:
+            del self._loaded[key]
         return part
 
     def release(self) -> None:
-        """Let go of everything but the tokenizer and the schedule, which are small."""
-        for name in ("unet", "vae", "text_encoder"):
+        """Let go of everything but the tokenizers and the schedule, which are small."""
+        for name in ("unet", "vae", *self._names):
             self._loaded.pop(name, None)
+
+    def _suffixes(self) -> list[str]:
+        return [s for s in ("", "_2") if (self.folder / f"text_encoder{s}").is_dir()]
 
     def _part(self, name: str, kind: Any) -> Any:
         if name not in self._loaded:
@@ -86,3 +115,16 @@ class BaseParts:
             )
             self._loaded[name] = part.requires_grad_(False).eval().to(self.device)
         return self._loaded[name]
+
+
+def token_names(word: str, count: int) -> list[str]:
+    """The tokens a learned word stands for, named as diffusers names them: `<w>`, `<w>_1`, …"""
+    return [f"<{word}>", *(f"<{word}>_{place}" for place in range(1, count))]
+
+
+def spell(prompt: str, learned: dict[str, list[str]]) -> str:
+    """The prompt with each learned word written as its tokens: "sks" → "<sks> <sks>_1"."""
+    for word, names in learned.items():
+        pattern = rf"(?<![\w<]){re.escape(word)}(?![\w>])"
+        prompt = re.sub(pattern, " ".join(names), prompt, flags=re.IGNORECASE)
+    return prompt

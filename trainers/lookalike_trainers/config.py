@@ -42,6 +42,10 @@ class TrainingConfig(Strict):
     resolution: int | None = Field(default=None, ge=64, le=2048, multiple_of=8)  # None: the base's
     prompt: str = Field(default="a {trigger} {class_noun}", max_length=500)
     trigger: str = Field(default="sks", min_length=1, max_length=40, pattern=r"^[\w-]+$")
+    token_vectors: int = Field(default=0, ge=0, le=16)  # embedding rows the trigger learns
+    initializer: str | None = Field(default=None, max_length=40)  # None: the class noun
+    token_learning_rate: float = Field(default=5e-3, gt=0, le=1)  # SD 1.5: 5e-4
+    train_text_encoder: bool = False
     caption_dropout: float = Field(default=0.05, ge=0, le=1)
     random_flip: bool = False
     min_snr_gamma: float | None = Field(default=5.0, gt=0)  # Hang et al. 2023; None: plain MSE
@@ -53,6 +57,11 @@ class TrainingConfig(Strict):
     num_processes: int | None = Field(default=None, ge=1, le=64)  # None: the operator's setting
     zero_stage: int | None = Field(default=None, ge=0, le=3)  # None: the operator's setting
     prior: PriorConfig | None = None
+
+    @property
+    def reads_ids(self) -> bool:
+        """Whether steps run the text encoders, since something in them trains."""
+        return self.train_text_encoder or self.token_vectors > 0
 
     @field_validator("prompt")
     @classmethod
@@ -85,7 +94,6 @@ class LoraConfig(TrainingConfig):
     rank: int = Field(default=8, ge=1, le=256)
     alpha: float | None = Field(default=None, gt=0)  # None: equal to the rank
     targets: tuple[TargetName, ...] = Field(default=UNET_ATTENTION, min_length=1)
-    train_text_encoder: bool = False
 
 
 class MethodInfo(BaseModel):
@@ -94,7 +102,8 @@ class MethodInfo(BaseModel):
     name: str
     summary: str
     config: type[TrainingConfig]
-    entry: str  # "module:function", imported by the trainer rank only
+    entry: str  # "module:function" that builds it (methods/method.py), imported by ranks only
+    wear: str  # "module:function" that lets a saved adapter act, imported where torch runs
 
 
 METHODS = [
@@ -103,6 +112,7 @@ METHODS = [
         summary="Low-rank adapters on the UNet's attention, optionally the text encoder's.",
         config=LoraConfig,
         entry="lookalike_trainers.methods.lora:build",
+        wear="lookalike_trainers.methods.lora:wear",
     ),
 ]
 

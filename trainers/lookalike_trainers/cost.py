@@ -104,7 +104,9 @@ def _samples_per_second(
     )
     rates = []
     for job in session.scalars(query):
-        config = LoraConfig.model_validate(job.request["config"])
+        config = TrainingConfig.model_validate(
+            {k: v for k, v in job.request["config"].items() if k in TrainingConfig.model_fields}
+        )
         speed = job.progress.get("steps_per_second")
         if speed:
             processes = config.num_processes or settings.num_processes

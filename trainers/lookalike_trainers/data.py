@@ -1,10 +1,11 @@
 """Batches of a run, made from cached latents and text features. Torch."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 
 from lookalike_datasets.features.latents import Moments
+from lookalike_platform.conditioning import Text
 from lookalike_trainers.config import TrainingConfig
 from lookalike_trainers.draws import Draw, draw
 from lookalike_trainers.objective import NoiseSchedule
@@ -12,14 +13,20 @@ from lookalike_trainers.objective import NoiseSchedule
 
 @dataclass(frozen=True)
 class Batch:
-    """noisy, target: [n, c, h, w]; timesteps, weight: [n]; text: [n, tokens, width] features, or
-    [n, tokens] ids where the text encoder trains. Instance samples first, then class samples."""
+    """One rank's share of a step: instance samples first, then class samples.
+
+    noisy, target: [n, c, h, w]; timesteps, weight: [n]; text: features, or ids
+    [n, encoders, tokens] where something in the text encoders trains.
+    """
 
     noisy: torch.Tensor
     timesteps: torch.Tensor
-    text: torch.Tensor
+    text: Text | torch.Tensor
     target: torch.Tensor
     weight: torch.Tensor
+
+    def to(self, device: torch.device) -> "Batch":
+        return Batch(**{field.name: getattr(self, field.name).to(device) for field in fields(self)})
 
 
 @dataclass(frozen=True)
@@ -36,7 +43,7 @@ class TrainingData:
 
     instance: Images
     prior: Images | None
-    texts: torch.Tensor
+    texts: Text | torch.Tensor
     schedule: NoiseSchedule
     scaling_factor: float
     config: TrainingConfig

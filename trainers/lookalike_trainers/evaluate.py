@@ -1,20 +1,21 @@
-"""A finished adapter, tried: loaded back from its file into plain diffusers and made to paint.
+"""A finished adapter, tried: put on the base again from its file, and made to paint. Torch.
 
 The grid shows what it learned: one row a prompt, the base for the plain class noun at the left, the
 adapter at the right, both from the same noise.
 """
 
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
-from typing import Any
 
 import torch
 from PIL import Image, ImageDraw
 
-from lookalike_datasets.features.text import tokenize
 from lookalike_platform.diffusion import decode, denoise, noise
 from lookalike_platform.samplers import make_sampler
-from lookalike_trainers.config import RunRequest, TrainingConfig
+from lookalike_trainers.base_parts import BaseParts
+from lookalike_trainers.config import METHODS, RunRequest, TrainingConfig
+from lookalike_trainers.methods.method import Wear
 
 SCENES = ("a {}", "a {} on a green background", "a {} on the beach", "a {} in the snow")
 SEEDS = (11, 12)
@@ -31,25 +32,17 @@ def draw_samples(
     say: Callable[[dict[str, object]], None],
 ) -> Path:
     """Draw the grid as `samples.png` beside the adapter file; single images in `samples/`."""
-    from diffusers import StableDiffusionPipeline
-    from diffusers.utils import logging
-
-    logging.disable_progress_bar()
-    pipeline = StableDiffusionPipeline.from_pretrained(
-        request.base_folder,
-        dtype=torch.float32,
-        local_files_only=True,
-        use_safetensors=True,
-        safety_checker=None,
-        requires_safety_checker=False,
-    ).to(device)
+    parts = BaseParts(request.base_folder, device)
+    info = next(method for method in METHODS if method.name == request.method)
+    module_name, function = info.wear.split(":")
+    wear: Wear = getattr(import_module(module_name), function)
     subject = f"{config.trigger} {request.class_noun}"
     columns: dict[str, list[list[Image.Image]]] = {"base": [], "adapter": []}
     for column, words in (("base", request.class_noun), ("adapter", subject)):
         if column == "adapter":
-            pipeline.load_lora_weights(adapter.parent, weight_name=adapter.name)
+            wear(parts, adapter, 1.0, config.trigger)
         for number, scene in enumerate(SCENES):
-            columns[column].append(_paint(pipeline, scene.format(words), config, device))
+            columns[column].append(_paint(parts, scene.format(words), config, device))
             say({"type": "sampled", "column": column, "prompt": scene.format(words), "row": number})
     singles = adapter.parent / "samples"
     singles.mkdir(exist_ok=True)
@@ -63,23 +56,22 @@ def draw_samples(
 
 
 def _paint(
-    pipe: Any, prompt: str, config: TrainingConfig, device: torch.device
+    parts: BaseParts, prompt: str, config: TrainingConfig, device: torch.device
 ) -> list[Image.Image]:
     """One picture a seed, at the run's resolution."""
-    unet, vae = pipe.unet, pipe.vae
+    unet, vae = parts.unet, parts.vae
     assert config.resolution is not None
     side = config.resolution // 2 ** (len(vae.config.block_out_channels) - 1)
     with torch.inference_mode():
-        ids = tokenize(pipe.tokenizer, [prompt, ""]).to(device)
-        text, blank = pipe.text_encoder(ids)[0].split(1)
+        texts = parts.encode([prompt, ""], config.resolution)
         latents, generators = noise(SEEDS, unet.config.in_channels, side, side)
         latents = denoise(
             unet,
-            make_sampler("dpmsolver++", dict(pipe.scheduler.config)),
+            make_sampler("dpmsolver++", dict(parts.scheduler.config)),
             latents.to(device),
             generators,
-            text,
-            blank,
+            texts[:1],
+            texts[1:],
             steps=STEPS,
             guidance_scale=GUIDANCE,
         )

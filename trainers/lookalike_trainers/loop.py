@@ -121,15 +121,8 @@ def optimizer_step(
     accumulation = config.gradient_accumulation_steps
     total = norm = 0.0
     for micro in range(accumulation):
-        batch = data.batch(step, micro, engine.rank, engine.world)
-        prediction = engine.model(
-            batch.noisy.to(engine.device),
-            batch.timesteps.to(engine.device),
-            batch.text.to(engine.device),
-        )
-        loss = method.loss(
-            prediction, batch.target.to(engine.device), batch.weight.to(engine.device)
-        )
+        batch = data.batch(step, micro, engine.rank, engine.world).to(engine.device)
+        loss = method.loss(engine.model(batch.noisy, batch.timesteps, batch.text), batch)
         # One round tells all processes the loss, whether it is a number, and whether to stop.
         value = float(loss.detach())
         finite = math.isfinite(value)

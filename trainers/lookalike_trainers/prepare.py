@@ -12,7 +12,8 @@ import torch
 from lookalike_datasets.features.cache import component_digest
 from lookalike_datasets.features.latents import Moments, photo_moments
 from lookalike_datasets.features.prior import PriorImages, PriorRequest, prior_images
-from lookalike_datasets.features.text import text_features, tokenize
+from lookalike_datasets.features.text import text_features
+from lookalike_platform.conditioning import Text
 from lookalike_platform.files import canonical_digest
 from lookalike_trainers.base_parts import BaseParts
 from lookalike_trainers.config import RunRequest, TrainingConfig
@@ -24,14 +25,11 @@ Say = Callable[[dict[str, Any]], None]
 
 
 def prepare(
-    request: RunRequest, config: TrainingConfig, parts: BaseParts, wants_ids: bool, say: Say
+    request: RunRequest, config: TrainingConfig, parts: BaseParts, say: Say
 ) -> tuple[TrainingData, str | None]:
     """The run's data, and the digest of its prior images if it has any.
 
-    Autoencoder and text encoder are let go afterwards: the steps do not need them.
-
-    Args:
-        wants_ids: the text encoder trains, so the steps need token ids instead of features.
+    Autoencoder and text encoders are let go afterwards: the steps do not need them.
     """
     assert config.resolution is not None
     say({"type": "stage", "stage": "caching"})
@@ -60,7 +58,7 @@ def prepare(
     data = TrainingData(
         instance=instance,
         prior=prior,
-        texts=_texts(request, parts, prompts, wants_ids),
+        texts=_texts(request, config, parts, prompts),
         schedule=NoiseSchedule.of(parts.scheduler),
         scaling_factor=float(_vae_config(parts)["scaling_factor"]),
         config=config,
@@ -113,15 +111,19 @@ def _prior_images(
 
 
 def _texts(
-    request: RunRequest, parts: BaseParts, prompts: list[str], wants_ids: bool
-) -> torch.Tensor:
-    if wants_ids:
-        return tokenize(parts.tokenizer, prompts)
+    request: RunRequest, config: TrainingConfig, parts: BaseParts, prompts: list[str]
+) -> Text | torch.Tensor:
+    if config.reads_ids:
+        return parts.ids(prompts)
+    assert config.resolution is not None
+    resolution = config.resolution
     digest = canonical_digest(
-        [component_digest(parts.folder / name) for name in ("text_encoder", "tokenizer")]
+        [component_digest(folder) for folder in sorted(parts.folder.glob("t*")) if folder.is_dir()]
     )
+    # Of the size SDXL's denoiser is told; the others' features do not depend on it.
+    key = canonical_digest([digest, resolution if len(parts.tokenizers) > 1 else None])
     return text_features(
-        prompts, parts.tokenizer, lambda: parts.text_encoder, digest, request.cache / "text"
+        prompts, lambda words: parts.encode(words, resolution), key, request.cache / "text"
     )
 
 

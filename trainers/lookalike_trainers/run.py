@@ -18,7 +18,6 @@ from typing import Any
 from lookalike_platform.errors import LookalikeError
 from lookalike_platform.files import atomic_write, sha256_file
 from lookalike_platform.process import die_with_parent
-from lookalike_registry.adapter_file import WEIGHTS_NAME
 from lookalike_trainers.config import METHODS, RunRequest, TrainingConfig
 
 Say = Callable[[dict[str, Any]], None]
@@ -66,10 +65,11 @@ def run(folder: Path, say: Say) -> str:
     from lookalike_trainers.prepare import prepare
 
     world = int(os.environ["WORLD_SIZE"])
-    wants_ids = bool(getattr(config, "train_text_encoder", False))
     parts = BaseParts(request.base_folder, device)
+    if config.token_vectors:
+        parts.learn(config.trigger, config.token_vectors)
     with _first_rank_first(folder):
-        data, prior_digest = prepare(request, config, parts, wants_ids, say)
+        data, prior_digest = prepare(request, config, parts, say)
 
     module_name, function = info.entry.split(":")
     torch.manual_seed(config.seed)  # the adapters' start does not depend on what was cached
@@ -88,14 +88,14 @@ def run(folder: Path, say: Say) -> str:
         return "stopped"
     with engine.whole(method.module):
         if engine.rank == 0:
-            digest = _save_adapter(method, request, config, folder / "result")
+            adapter = _save_adapter(method, request, config, folder / "result")
     if engine.rank == 0:
         del engine, method
-        _finish(request, config, folder, trained.metrics, digest, prior_digest, device, say)
+        _finish(request, config, adapter, trained.metrics, prior_digest, device, say)
     return "complete"
 
 
-def _save_adapter(method: Any, request: RunRequest, config: TrainingConfig, result: Path) -> str:
+def _save_adapter(method: Any, request: RunRequest, config: TrainingConfig, result: Path) -> Path:
     from lookalike_trainers.methods.method import Card
 
     assert config.resolution is not None
@@ -107,16 +107,15 @@ def _save_adapter(method: Any, request: RunRequest, config: TrainingConfig, resu
         trigger=config.trigger,
         prediction_type=request.prediction_type,
     )
-    digest: str = method.save(result / WEIGHTS_NAME, card)
-    return digest
+    path: Path = method.save(result, card)
+    return path
 
 
 def _finish(
     request: RunRequest,
     config: TrainingConfig,
-    folder: Path,
+    adapter: Path,
     metrics: list[dict[str, float]],
-    digest: str,
     prior_digest: str | None,
     device: Any,
     say: Say,
@@ -124,13 +123,14 @@ def _finish(
     """Try the adapter, and write the result; `result.json` comes last and means all is there."""
     from lookalike_trainers.evaluate import draw_samples
 
-    result = folder / "result"
+    result = adapter.parent
     lines = "".join(json.dumps(m) + "\n" for m in metrics)
     atomic_write(result / "metrics.jsonl", lines)
     say({"type": "stage", "stage": "evaluating"})
-    grid = draw_samples(request, config, result / WEIGHTS_NAME, device, say)
+    grid = draw_samples(request, config, adapter, device, say)
     summary = {
-        "weights_sha256": digest,
+        "weights": adapter.name,
+        "weights_sha256": sha256_file(adapter),
         "grid_sha256": sha256_file(grid),
         "prior_digest": prior_digest,
         "final_loss": metrics[-1]["loss"],

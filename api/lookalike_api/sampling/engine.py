@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from lookalike_api.sampling.models import ResidentBase
+from lookalike_platform.conditioning import Text
 from lookalike_platform.diffusion import decode, denoise, noise
 from lookalike_platform.samplers import make_sampler
 
@@ -17,11 +18,13 @@ BATCH_PIXELS = 2**20
 
 @dataclass(frozen=True)
 class Scene:
-    """What to paint. `text` and `blank`: embeddings [1, tokens, width] of prompt and negative
-    prompt; width and height in pixels; image i starts from the noise of seed `seed + i`."""
+    """What to paint: prompt and negative prompt, one row each; width and height in pixels.
 
-    text: torch.Tensor
-    blank: torch.Tensor
+    Image i starts from the noise of seed `seed + i`.
+    """
+
+    text: Text
+    blank: Text
     guidance_scale: float
     steps: int
     sampler: str

@@ -13,6 +13,8 @@ from diffusers.utils import logging as diffusers_logging
 from safetensors.torch import load_file
 
 from lookalike_api.sampling.messages import AdapterFile
+from lookalike_datasets.features.text import tokenize
+from lookalike_platform.conditioning import Text, encode
 from lookalike_platform.errors import InvalidRequest
 from lookalike_registry.adapter_file import check_against_base
 
@@ -65,10 +67,11 @@ class ResidentBase:
         self.vae = self._pipeline.vae.eval()
         self.scheduler_config = dict(self._pipeline.scheduler.config)
         self.vae_scale: int = self._pipeline.vae_scale_factor
+        self.resolution: int = self.unet.config.sample_size * self.vae_scale
         self.channels: int = self.unet.config.in_channels
         self._adapters: OrderedDict[str, int] = OrderedDict()  # digest → bytes
         self._text_adapters: set[str] = set()
-        self._texts: OrderedDict[tuple[object, ...], torch.Tensor] = OrderedDict()
+        self._texts: OrderedDict[tuple[object, ...], Text] = OrderedDict()
         self._active: tuple[tuple[str, float], ...] = ()
 
     def wear(self, adapters: Sequence[AdapterFile]) -> None:
@@ -93,20 +96,14 @@ class ResidentBase:
             self._pipeline.disable_lora()
         self._active = tuple((adapter.digest, adapter.scale) for adapter in adapters)
 
-    def embed(self, text: str) -> torch.Tensor:
-        """Text features [1, tokens, width] of a prompt under the adapters worn now."""
+    def embed(self, text: str) -> Text:
+        """A prompt, one row, under the adapters worn now."""
         acting = tuple(pair for pair in self._active if pair[0] in self._text_adapters)
         key = (text, acting)
         if key not in self._texts:
-            ids = self._pipeline.tokenizer(
-                text,
-                padding="max_length",
-                max_length=self.max_tokens,
-                truncation=True,
-                return_tensors="pt",
-            ).input_ids
+            ids = tokenize(self._pipeline.tokenizer, [text]).unsqueeze(1).to(self.device)
             with torch.inference_mode():
-                self._texts[key] = self._pipeline.text_encoder(ids.to(self.device))[0]
+                self._texts[key] = encode([self._pipeline.text_encoder], ids, self.resolution)
             while len(self._texts) > MAX_TEXTS:
                 self._texts.popitem(last=False)
         self._texts.move_to_end(key)

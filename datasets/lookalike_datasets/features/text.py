@@ -1,12 +1,13 @@
-"""What the base's frozen text encoder makes of prompts, computed once. Imports torch."""
+"""What the base's frozen text encoders make of prompts, computed once. Imports torch."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from lookalike_datasets.features import cache
+from lookalike_platform.conditioning import Text
 
 
 def tokenize(tokenizer: Any, prompts: Sequence[str]) -> torch.Tensor:
@@ -22,23 +23,23 @@ def tokenize(tokenizer: Any, prompts: Sequence[str]) -> torch.Tensor:
 
 
 def text_features(
-    prompts: Sequence[str], tokenizer: Any, load_encoder: Any, text_digest: str, folder: Path
-) -> torch.Tensor:
-    """Features [prompts, tokens, width], from the cache where it has them.
+    prompts: Sequence[str], encode: Callable[[Sequence[str]], Text], text_digest: str, folder: Path
+) -> Text:
+    """The prompts as the frozen text encoders read them, from the cache where it has them.
 
     Args:
-        load_encoder: called (once, and only on a miss) for the CLIPTextModel.
-        text_digest: names encoder and tokenizer.
+        encode: called only on a miss, with one prompt at a time: a prompt's features do not
+            depend on the batch it came in.
+        text_digest: names everything that decides `encode`: encoders, tokenizers, resolution.
     """
-    keys = [cache.key_of(prompt=p, text=text_digest, version=1) for p in prompts]
-    found = [cache.read(folder, key) for key in keys]
-    missing = [i for i, tensors in enumerate(found) if tensors is None]
-    if missing:
-        encoder = load_encoder()
-        with torch.inference_mode():
-            for i in missing:
-                ids = tokenize(tokenizer, [prompts[i]]).to(encoder.device)
-                features = encoder(ids)[0][0].float().cpu().clone()
-                found[i] = {"features": features}
-                cache.write(folder, keys[i], {"features": features})
-    return torch.stack([tensors["features"] for tensors in found if tensors is not None])
+    texts = []
+    for prompt in prompts:
+        key = cache.key_of(prompt=prompt, text=text_digest, version=2)
+        tensors = cache.read(folder, key)
+        if tensors is None:
+            with torch.inference_mode():
+                text = encode([prompt])
+            tensors = {name: t.float().cpu().clone() for name, t in text.tensors().items()}
+            cache.write(folder, key, tensors)
+        texts.append(Text(**tensors))
+    return Text.cat(texts)

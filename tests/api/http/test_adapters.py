@@ -105,7 +105,9 @@ def test_an_alias_moves_and_production_protects_from_deletion(api: Api) -> None:
     assert pointed.status_code == 200, pointed.text
     assert pointed.json()["aliases"] == ["production"]
     assert api.http.get("/v1/adapters/robin").json()["default_version"] == 1
-    assert "production" in problem_of(api.http.delete("/v1/adapters/robin/versions/1"), 409)["detail"]
+    assert (
+        "production" in problem_of(api.http.delete("/v1/adapters/robin/versions/1"), 409)["detail"]
+    )
     assert api.http.delete("/v1/adapters/robin/versions/2").status_code == 204
     problem_of(api.http.get("/v1/adapters/robin/versions/2"), 404)
     assert api.http.get("/v1/adapters/robin").json()["aliases"] == {"production": 1}

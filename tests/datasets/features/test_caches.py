@@ -1,5 +1,6 @@
 """Latents, text features and prior images: computed once, and anew when their causes change."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from lookalike_datasets.features import cache
 from lookalike_datasets.features.latents import Moments, encode, photo_moments, square, to_pixels
 from lookalike_datasets.features.prior import PriorImages, PriorRequest, prior_images
 from lookalike_datasets.features.text import text_features, tokenize
+from lookalike_platform.conditioning import Text
 from lookalike_platform.files import sha256_file
 from lookalike_trainers.base_parts import BaseParts
 from support_images import photo, picture
@@ -43,11 +45,6 @@ def parts(base: Path) -> BaseParts:
 @pytest.fixture
 def vae(parts: BaseParts) -> Counted:
     return Counted(lambda: parts.vae)
-
-
-@pytest.fixture
-def encoder(parts: BaseParts) -> Counted:
-    return Counted(lambda: parts.text_encoder)
 
 
 @pytest.fixture
@@ -158,22 +155,26 @@ def test_pixels_span_minus_one_to_one() -> None:
     torch.testing.assert_close(pixels[:, 0, 0], torch.tensor([-1.0, 1.0, -0.6]))
 
 
-def test_text_features_are_the_encoders_and_loaded_once(
-    encoder: Counted, parts: BaseParts, tmp_path: Path
-) -> None:
+def test_text_features_are_the_encoders_and_computed_once(parts: BaseParts, tmp_path: Path) -> None:
+    encoded: list[str] = []
+
+    def encode(prompts: Sequence[str]) -> Text:
+        encoded.extend(prompts)
+        return parts.encode(prompts, 64)
+
     def features(prompts: list[str], digest: str = "text") -> torch.Tensor:
-        return text_features(prompts, parts.tokenizer, encoder, digest, tmp_path)
+        return text_features(prompts, encode, digest, tmp_path).features
 
     found = features(["", "a sks dog"])
     assert found.shape == (2, TOKENS, WIDTH)
-    direct = parts.text_encoder(tokenize(parts.tokenizer, ["a sks dog"]))[0][0].detach()
+    ids = tokenize(parts.tokenizers[0], ["a sks dog"])
+    direct = parts.text_encoders[0](ids)[0][0].detach()
     torch.testing.assert_close(found[1], direct)
     assert torch.equal(features(["a sks dog", ""]), found.flip(0))
-    assert encoder.times == 1
+    assert encoded == ["", "a sks dog"]
     features(["a sks dog"], digest="another encoder")
-    assert encoder.times == 2
     features(["a dog"])
-    assert encoder.times == 3
+    assert encoded[2:] == ["a sks dog", "a dog"]
 
 
 def test_a_parts_digest_covers_its_weights_and_its_configuration(

@@ -1,13 +1,15 @@
-"""What the loop asks of a method. The loop, caches and checkpoints know no method by name."""
+"""What the loop asks of a method, and what sampling does. Loop and caches know none by name."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import nn
 
 from lookalike_trainers.config import TrainingConfig
+from lookalike_trainers.data import Batch
+from lookalike_trainers.denoiser import Denoiser
 
 
 @dataclass(frozen=True)
@@ -24,33 +26,55 @@ class Card:
 class Method(Protocol):
     """A method's trainables and how they are kept.
 
-    `module` holds all of them in one `nn.Module` whose forward takes (noisy latents
-    [n, c, h, w], timesteps [n], text) and gives the denoiser's prediction [n, c, h, w]; text is
-    features [n, tokens, width], or ids [n, tokens] if `wants_ids`.
+    `module` holds all of them. It takes ids where it has text encoders, else text features.
     """
 
-    module: nn.Module
-    wants_ids: bool
+    module: Denoiser
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Trainable parameters with their learning rates, as torch's optimisers take them."""
         ...
 
-    def loss(
-        self,
-        prediction: torch.Tensor,
-        target: torch.Tensor,
-        weight: torch.Tensor,
-    ) -> torch.Tensor:
+    def loss(self, prediction: torch.Tensor, batch: Batch) -> torch.Tensor:
         """The scalar to minimise; see objective.py."""
         ...
 
-    def save(self, path: Path, card: Card) -> str:
-        """Write the adapter file and return its sha256. Parameters are whole when called."""
+    def save(self, folder: Path, card: Card) -> Path:
+        """Write the adapter file into the folder. Parameters are whole when called."""
         ...
 
 
 class Builder(Protocol):
-    """A method's entry in config.METHODS."""
+    """A method's entry in config.METHODS: its trainables put into a base's parts."""
 
     def __call__(self, parts: Any, config: TrainingConfig) -> Method: ...
+
+
+class Wearer(Protocol):
+    """What an adapter is put on: a base in memory, as a diffusers pipeline or BaseParts holds it.
+
+    learned: words that stand for learned tokens, see `BaseParts.learn`.
+    """
+
+    @property
+    def unet(self) -> Any: ...
+
+    @property
+    def text_encoders(self) -> Sequence[Any]: ...
+
+    @property
+    def tokenizers(self) -> Sequence[Any]: ...
+
+
+TakeOff = Callable[[], None]
+"""Undoes what put an adapter on, to the bit."""
+
+
+class Wear(Protocol):
+    """A method's other entry in config.METHODS: a saved adapter acts on a base, at a scale.
+
+    Args of a call: the wearer; the file; the scale, 1 being as trained and 0 not at all; and the
+    word that its prompts use for what was learned, where tokens were.
+    """
+
+    def __call__(self, wearer: Wearer, file: Path, scale: float, word: str) -> TakeOff: ...

@@ -1,0 +1,86 @@
+"""What a denoiser is told besides the noisy latents: text, and for SDXL size. Imports torch."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Self
+
+import torch
+
+
+@dataclass(frozen=True)
+class Text:
+    """Prompts as the denoiser reads them.
+
+    features: [n, tokens, width]
+    pooled: [n, pooled width] for SDXL, whose denoiser takes both; else None
+    time_ids: [n, 6] for SDXL: height and width of the original, of the crop's corner, and of the
+        picture, in pixels (Podell et al. 2023, section 2.2); else None
+    """
+
+    features: torch.Tensor
+    pooled: torch.Tensor | None = None
+    time_ids: torch.Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.features)
+
+    def __getitem__(self, rows: Any) -> Self:
+        """The prompts of these rows: a slice, or a list of numbers."""
+        return self._each(lambda tensor: tensor[rows])
+
+    def expand(self, n: int) -> Self:
+        """One prompt n times, or n prompts as they are."""
+        return self._each(lambda tensor: tensor.expand(n, *tensor.shape[1:]))
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Self:
+        return self._each(lambda tensor: tensor.to(device, dtype))
+
+    @classmethod
+    def cat(cls, texts: Sequence[Self]) -> Self:
+        joined: dict[str, Any] = {}
+        for field in fields(cls):
+            parts = [getattr(text, field.name) for text in texts]
+            joined[field.name] = None if parts[0] is None else torch.cat(parts)
+        return cls(**joined)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """What is not None, by name: `Text(**text.tensors())` is the text again."""
+        named = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+    def _each(self, change: Any) -> Self:
+        return type(self)(**{name: change(tensor) for name, tensor in self.tensors().items()})
+
+
+def predict(unet: Any, latents: torch.Tensor, timesteps: torch.Tensor, text: Text) -> torch.Tensor:
+    """The denoiser's answer [n, c, h, w] about noisy latents at timesteps [n] or a single one."""
+    added = None
+    if text.pooled is not None:
+        added = {"text_embeds": text.pooled, "time_ids": text.time_ids}
+    predicted: torch.Tensor = unet(
+        latents, timesteps, text.features, added_cond_kwargs=added, return_dict=False
+    )[0]
+    return predicted
+
+
+def encode(encoders: Sequence[Any], ids: torch.Tensor, resolution: int) -> Text:
+    """The text encoders' answer to ids [n, encoders, tokens].
+
+    One encoder (Stable Diffusion 1 and 2): its last hidden states. Two (SDXL): the last but one of
+    each, side by side, and the second's projected summary.
+
+    Args:
+        resolution: side in pixels of the picture, of which SDXL's denoiser is told.
+    """
+    if len(encoders) == 1:
+        return Text(encoders[0](ids[:, 0])[0])
+    answers = [
+        encoder(ids[:, place], output_hidden_states=True) for place, encoder in enumerate(encoders)
+    ]
+    features = torch.cat([answer.hidden_states[-2] for answer in answers], dim=-1)
+    size = torch.tensor([[resolution, resolution, 0, 0, resolution, resolution]])
+    return Text(
+        features,
+        answers[-1].text_embeds,
+        size.expand(len(ids), -1).to(features.device, features.dtype),
+    )
