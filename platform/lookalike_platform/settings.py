@@ -55,6 +55,7 @@ class Settings(BaseSettings):
     zero_stage: int = Field(default=0, ge=0, le=3)
     device: Literal["auto", "cpu", "cuda"] = "auto"
     max_prompt_characters: int = 2000
+    max_wait_seconds: float = 120.0
 
     # Evaluation: a folder, or a hub id that is in the hub's local cache
     clip_encoder: str | None = None
@@ -62,9 +63,6 @@ class Settings(BaseSettings):
 
     dino_encoder: str | None = None
     """Judges subjects: facebook/dino-vits16 is the papers'. With neither the base judges itself."""
-
-    # Serving
-    max_wait_seconds: float = 120.0
 
     @model_validator(mode="after")
     def _embedded_defaults(self) -> "Settings":

@@ -1,0 +1,109 @@
+"""The base as judge of pictures: against naive loops, and by what it can tell apart."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image, ImageDraw
+
+import lookalike_api
+from lookalike_trainers.base_parts import BaseParts
+from lookalike_trainers.evaluation.base_classifier import BaseClassifier
+from lookalike_trainers.evaluation.base_features import BaseFeatures, picture_latents
+from lookalike_trainers.evaluation.measures import cosines, resemblance
+from support_images import picture
+
+BIBO = sorted((Path(lookalike_api.__file__).parent / "demo" / "bibo").glob("*.png"))
+
+
+def traffic_light(seed: int) -> Image.Image:
+    """A dark box with three lamps, here and there on grounds of many colours."""
+    image = picture(seed, (64, 64)).resize((2, 2)).resize((64, 64))
+    draw, x = ImageDraw.Draw(image), 18 + 3 * seed
+    draw.rectangle((x, 6, x + 20, 58), fill="#222222")
+    for place, colour in enumerate(("red", "orange", "green")):
+        draw.ellipse((x + 3, 9 + 16 * place, x + 17, 23 + 16 * place), fill=colour)
+    return image
+
+
+def test_photos_of_a_subject_are_closer_to_each_other_than_to_another_subjects(
+    bundled_parts: BaseParts,
+) -> None:
+    encoder = BaseFeatures(bundled_parts)
+    bibo = encoder.encode_images([Image.open(file) for file in BIBO])
+    lights = encoder.encode_images([traffic_light(seed) for seed in range(6)])
+    between = cosines(bibo, lights).mean()
+    assert resemblance(bibo).mean() > between + 0.1
+    assert resemblance(lights).mean() > between + 0.1
+
+
+def test_base_features_have_length_one_and_stay_the_same(tiny_parts: BaseParts) -> None:
+    photos = [picture(seed) for seed in range(3)]
+    features = BaseFeatures(tiny_parts).encode_images(photos)
+    torch.testing.assert_close(features.norm(dim=1), torch.ones(3))
+    assert torch.equal(features, BaseFeatures(tiny_parts).encode_images(photos))
+    alone = BaseFeatures(tiny_parts).encode_images(photos[1:2])
+    torch.testing.assert_close(features[1:2], alone)
+
+
+@torch.no_grad()
+def test_the_classifiers_errors_are_the_mean_squared_lengths_of_single_predictions(
+    tiny_parts: BaseParts,
+) -> None:
+    prompts, draws = ["a dog", "a cat", "tea"], 4
+    photo = picture(1)
+    alphas = tiny_parts.scheduler.alphas_cumprod
+    x0 = picture_latents(tiny_parts, [photo])
+    from lookalike_trainers.draws import generator
+
+    expected = []
+    for prompt in prompts:
+        total = 0.0
+        for number, t in enumerate((125, 375, 625, 875)):
+            e = torch.randn(x0.shape[1:], generator=generator("classifier", number))[None]
+            x_t = alphas[t].sqrt() * x0 + (1 - alphas[t]).sqrt() * e
+            features = tiny_parts.encode([prompt], 64).features
+            said = tiny_parts.unet(x_t, t, features).sample
+            total += float(((said - e) ** 2).sum())
+        expected.append(total / draws)
+    classifier = BaseClassifier(tiny_parts, draws=draws)
+    assert classifier.errors(photo, prompts).tolist() == pytest.approx(expected, rel=1e-4)
+    likely = torch.softmax(-torch.tensor(expected), 0)
+    assert classifier.probabilities(photo, prompts).tolist() == pytest.approx(
+        likely.tolist(), rel=1e-2
+    )
+
+
+def test_the_bundled_base_knows_the_prompt_its_own_pictures_were_drawn_from(
+    bundled_parts: BaseParts,
+) -> None:
+    from lookalike_platform.diffusion import decode, denoise, noise
+    from lookalike_platform.samplers import make_sampler
+
+    prompts = ["a cat on a red background", "a car on a blue background", "a tree in the snow"]
+    pictures = []
+    with torch.inference_mode():
+        blank = bundled_parts.encode([""], 64)
+        for prompt in prompts:
+            latents, generators = noise([3], 4, 16, 16)
+            latents = denoise(
+                bundled_parts.unet,
+                make_sampler("ddim", dict(bundled_parts.scheduler.config)),
+                latents,
+                generators,
+                bundled_parts.encode([prompt], 64),
+                blank,
+                steps=12,
+                guidance_scale=4.0,
+            )
+            pictures += decode(bundled_parts.vae, latents)
+    scores = BaseClassifier(bundled_parts).score_prompts(pictures, prompts)
+    assert (scores > 0.5).all(), scores
+
+
+def test_a_picture_is_held_against_a_fixed_number_of_other_prompts(tiny_parts: BaseParts) -> None:
+    prompts = [f"a {letter}" for letter in "uvwxyz"]
+    classifier = BaseClassifier(tiny_parts, draws=2, candidates=3)
+    scores = classifier.score_prompts([picture(1)] * 6, prompts)
+    own = classifier.probabilities(picture(1), ["a y", "a z", "a u"])[0]
+    assert scores[4] == own
