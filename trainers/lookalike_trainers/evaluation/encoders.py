@@ -11,6 +11,7 @@ from typing import Protocol
 
 import torch
 from PIL import Image
+from pydantic import JsonValue
 
 from lookalike_trainers.base_parts import BaseParts
 
@@ -47,9 +48,10 @@ class Judges:
     subject: tuple[ImageEncoder, ...]
     prompt: PromptJudge
 
-    def digests(self) -> dict[str, str]:
-        encoders = {encoder.name: encoder.digest for encoder in self.subject}
-        return encoders | {self.prompt.name: self.prompt.digest}
+    def digests(self) -> dict[str, JsonValue]:
+        """What decides the scores."""
+        subject: JsonValue = [[encoder.name, encoder.digest] for encoder in self.subject]
+        return {"subject": subject, "prompt": [self.prompt.name, self.prompt.digest]}
 
 
 def open_judges(parts: BaseParts, clip_encoder: str | None, dino_encoder: str | None) -> Judges:
