@@ -68,8 +68,10 @@ def encode_scenes(
         captions.append(text)
         pictures.append(picture)
         if len(pictures) == 128 or len(captions) == count:
-            mean = vae.encode(to_tensor(pictures).to(where)).latent_dist.mode()
-            rows.append((mean * vae.config.scaling_factor).half().cpu().numpy())
+            with torch.autocast(where.type, torch.bfloat16):
+                mean = vae.encode(to_tensor(pictures).to(where)).latent_dist.mode()
+            rows.append((mean.float() * vae.config.scaling_factor).half().cpu().numpy())
+            print(f"latents of {len(captions)} scenes", flush=True)
             pictures.clear()
     folder.mkdir(parents=True, exist_ok=True)
     latents = np.concatenate(rows)

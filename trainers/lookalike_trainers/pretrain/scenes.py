@@ -78,10 +78,10 @@ class Scene:
 class Mix:
     """Shares of the kinds of scene; what remains is one usual object on a plain colour."""
 
-    two_objects: float = 0.15
+    two_objects: float = 0.3
     places: float = 0.2
     odd_layouts: float = 0.12
-    style_unsaid: float = 0.1
+    style_unsaid: float = 0.05
 
 
 def load_sprites(data: Path, nouns: list[str]) -> Sprites:

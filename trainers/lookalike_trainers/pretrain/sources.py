@@ -14,12 +14,15 @@ import json
 import shutil
 import subprocess
 import tarfile
+import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
 from PIL import Image
 
+from lookalike_platform.errors import CapabilityMissing, TrainingFailed
 from lookalike_trainers.pretrain.nouns import STYLES, held_out_nouns, label, training_nouns
 
 NPM_PACKAGES = {
@@ -41,29 +44,46 @@ CROPS_PER_PHOTO = 6
 def fetch(data: Path) -> None:
     """Download and unpack the packages under ``data/packages`` with npm and apt-get.
 
-    Raises ``subprocess.CalledProcessError`` where a client fails.
+    A package already there is left alone; each appears whole or not at all.
+    Raises ``CapabilityMissing`` where a client is not installed, ``TrainingFailed`` with the
+    client's own words where it fails.
     """
     packages = data / "packages"
     packages.mkdir(parents=True, exist_ok=True)
     for name, package in NPM_PACKAGES.items():
-        if (packages / name).exists():
-            continue
-        packed = subprocess.run(
-            ["npm", "pack", "--silent", package],
-            cwd=packages,
-            check=True,
-            capture_output=True,
-            text=True,
-        )
-        archive = packages / packed.stdout.split()[-1]
-        with tarfile.open(archive) as tar:
-            tar.extractall(packages / name, filter="data")
-        archive.unlink()
+        if not (packages / name).exists():
+            with _whole(packages / name) as folder:
+                packed = _client("npm", "pack", "--silent", package, cwd=folder)
+                archive = folder / packed.split()[-1]
+                with tarfile.open(archive) as tar:
+                    tar.extractall(folder, filter="data")
+                archive.unlink()
     if not (packages / "debian").exists():
-        subprocess.run(["apt-get", "download", *DEBIAN_PACKAGES], cwd=packages, check=True)
-        for archive in packages.glob("*.deb"):
-            subprocess.run(["dpkg-deb", "-x", archive, packages / "debian"], check=True)
-            archive.unlink()
+        with _whole(packages / "debian") as folder:
+            _client("apt-get", "download", *DEBIAN_PACKAGES, cwd=folder)
+            for archive in folder.glob("*.deb"):
+                _client("dpkg-deb", "-x", archive.name, ".", cwd=folder)
+                archive.unlink()
+
+
+@contextmanager
+def _whole(folder: Path) -> Iterator[Path]:
+    """A temporary folder that becomes ``folder`` once the block has ended without an error."""
+    with tempfile.TemporaryDirectory(dir=folder.parent) as name:
+        made = Path(name) / folder.name
+        made.mkdir()
+        yield made
+        made.replace(folder)
+
+
+def _client(*command: str, cwd: Path) -> str:
+    """Run a package client in ``cwd`` and return what it printed."""
+    if shutil.which(command[0]) is None:
+        raise CapabilityMissing(f"fetching the art needs {command[0]}, which is not installed")
+    done = subprocess.run(command, cwd=cwd, check=False, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise TrainingFailed(f"{' '.join(command)}: {done.stderr.strip() or done.stdout.strip()}")
+    return done.stdout
 
 
 def prepare(data: Path) -> None:
@@ -109,7 +129,8 @@ def _picture(packages: Path, style: str, code: str | None) -> Image.Image | None
         if path.exists():
             if suffix == "svg":
                 return _rasterise(path.read_bytes())
-            return Image.open(path).convert("RGBA")
+            with Image.open(path) as picture:
+                return picture.convert("RGBA")
     return None
 
 
@@ -131,7 +152,12 @@ def _noto_svg(package: Path, code: str) -> bytes | None:
 
 
 def _rasterise(svg: bytes) -> Image.Image:
-    import cairosvg
+    try:
+        import cairosvg
+    except ModuleNotFoundError:
+        raise CapabilityMissing(
+            "drawing the art needs cairosvg: pip install 'lookalike[pretrain]'"
+        ) from None
 
     png = cairosvg.svg2png(bytestring=svg, output_width=256, output_height=256)
     return Image.open(io.BytesIO(png)).convert("RGBA")
@@ -155,7 +181,8 @@ def _photo_crops(folder: Path) -> Iterator[Image.Image]:
     """
     for path in sorted(p for p in folder.rglob("*") if p.suffix in {".jpg", ".png"}):
         try:
-            photo = Image.open(path).convert("RGBA")
+            with Image.open(path) as opened:
+                photo = opened.convert("RGBA")
         except OSError:
             continue
         if min(photo.size) < 2 * PHOTO_SIZE:
