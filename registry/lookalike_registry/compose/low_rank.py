@@ -19,11 +19,11 @@ NOTHING = 1e-7  # of the largest singular value: below it a direction is roundin
 
 @dataclass(frozen=True)
 class LowRank:
-    """dW ≈ up @ down. Each half carries the root of the singular values, so both fit in float16."""
+    """dW ≈ up @ down: a LoRA pair (B, A) with its scale alpha / r multiplied in."""
 
     up: Tensor  # [out, r]
     down: Tensor  # [r, in] or [r, in, k, k]
-    error: float  # ||dW - up down|| / ||dW||, Frobenius, of the factors as they are stored
+    error: float = 0.0  # ||dW - up down|| / ||dW||, Frobenius, of the halves as they are stored
 
     def dense(self) -> Tensor:
         """up @ down, [out, in] or [out, in, k, k]."""
@@ -33,6 +33,7 @@ class LowRank:
 def compress(delta: Tensor, *, rank: int | None = None, share: float | None = None) -> LowRank:
     """The best approximation of `delta` [out, in] or [out, in, k, k], in its dtype.
 
+    Each half carries the root of the singular values, so that both fit in float16.
     Give one of: `rank`, how many directions to keep (all, if there are fewer), or `share`, the part
     of the sum of all singular values that the kept ones are to reach. Raises ValueError otherwise,
     and unless rank >= 1 and 0 < share <= 1.
@@ -59,6 +60,29 @@ def compress(delta: Tensor, *, rank: int | None = None, share: float | None = No
     size = float(matrix.norm())
     error = float((matrix - up.double() @ down.double()).norm()) / size if size else 0.0
     return LowRank(up, down.unflatten(1, delta.shape[1:]), error)
+
+
+def shorten(pair: LowRank, *, rank: int | None = None, share: float | None = None) -> LowRank:
+    """`pair` with a smaller rank, as `compress` would find it, without making it dense.
+
+    With thin QRs up = Q_u R_u and down^T = Q_d R_d, the singular values of up @ down are those of
+    the small core R_u R_d^T. Raises what `compress` raises.
+    """
+    up, down = pair.up.double(), pair.down.double().flatten(1)
+    q_up, r_up = torch.linalg.qr(up)
+    q_down, r_down = torch.linalg.qr(down.T)
+    core = compress(r_up @ r_down.T, rank=rank, share=share)
+    short_up = (q_up @ core.up).to(pair.up.dtype)
+    short_down = (core.down @ q_down.T).to(pair.down.dtype)
+    left = torch.cat([up, -short_up.double()], dim=1), torch.cat([down, short_down.double()])
+    size = _norm(up, down)
+    error = _norm(*left) / size if size else 0.0
+    return LowRank(short_up, short_down.unflatten(1, pair.down.shape[1:]), error)
+
+
+def _norm(up: Tensor, down: Tensor) -> float:
+    """||up @ down||, from the two r x r Gram matrices."""
+    return float(((up.T @ up) * (down @ down.T)).sum().clamp(min=0).sqrt())
 
 
 def _left_singular(matrix: Tensor) -> tuple[Tensor, Tensor]:
