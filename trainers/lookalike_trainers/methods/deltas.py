@@ -1,0 +1,93 @@
+"""Changes of a base's own parameters, added where an adapter is worn. Torch.
+
+    W_worn = W_base + sum over what is worn of scale * delta
+
+Several adapters may change one parameter and be taken off in any order: the base's own values are
+kept aside while any is worn, and put back, every bit of them, with the last.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from lookalike_trainers.methods.method import TakeOff, Wearer
+
+PREFIX = "delta."
+
+
+class _Worn:
+    """One parameter's own values, and what is added to them at present."""
+
+    def __init__(self, parameter: nn.Parameter) -> None:
+        self.own = parameter.detach().clone()
+        self.added: dict[object, torch.Tensor] = {}
+
+    def apply(self, parameter: nn.Parameter) -> None:
+        total = self.own
+        if self.added:
+            total = self.own.float() + torch.stack(list(self.added.values())).sum(0)
+        with torch.no_grad():
+            parameter.copy_(total)
+
+
+_worn = WeakTensorKeyDictionary()
+
+
+def named(part: nn.Module) -> dict[str, nn.Parameter]:
+    """A part's parameters by the names they have in the base's files.
+
+    Whatever is worn beside: PEFT's layers wrap the base's, learned words its embedding table.
+    """
+    return {
+        name.replace(".base_layer.", ".")
+        .replace("token_embedding.table.", "token_embedding.")
+        .removeprefix("text_model."): parameter
+        for name, parameter in part.named_parameters()
+    }
+
+
+def parts_of(wearer: Wearer) -> dict[str, Any]:
+    """The wearer's parts by their names in adapter files."""
+    encoders = {
+        f"text_encoder_{place + 1}" if place else "text_encoder": encoder
+        for place, encoder in enumerate(wearer.text_encoders)
+    }
+    return {"unet": wearer.unet, **encoders}
+
+
+def wear_deltas(wearer: Wearer, tensors: Mapping[str, torch.Tensor], scale: float) -> TakeOff:
+    """Add `scale` times each `delta.<part>.<parameter>` among the tensors of an adapter file.
+
+    Raises KeyError for a parameter the base does not have (tensor_file.check_tensors says it
+    to users before).
+    """
+    parameters = {
+        f"{part}.{name}": parameter
+        for part, module in parts_of(wearer).items()
+        for name, parameter in named(module).items()
+    }
+    changes = {
+        parameters[key.removeprefix(PREFIX)]: delta
+        for key, delta in tensors.items()
+        if key.startswith(PREFIX)
+    }
+    me = object()
+    for parameter, delta in changes.items():
+        if parameter not in _worn:
+            _worn[parameter] = _Worn(parameter)
+        worn = _worn[parameter]
+        worn.added[me] = delta.to(parameter.device, torch.float32) * scale
+        worn.apply(parameter)
+
+    def take_off() -> None:
+        for parameter in changes:
+            worn = _worn[parameter]
+            del worn.added[me]
+            worn.apply(parameter)
+            if not worn.added:
+                del _worn[parameter]
+
+    return take_off
