@@ -58,6 +58,16 @@ def parts_of(wearer: Wearer) -> dict[str, Any]:
     return {"unet": wearer.unet, **encoders}
 
 
+def differences(
+    trained: Mapping[str, torch.Tensor], base: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """trained - base, float32 on the CPU, of each trained parameter, as wear_deltas takes them."""
+    return {
+        f"{PREFIX}{name}": tensor.detach().float().cpu() - base[name].detach().float().cpu()
+        for name, tensor in trained.items()
+    }
+
+
 def wear_deltas(wearer: Wearer, tensors: Mapping[str, torch.Tensor], scale: float) -> TakeOff:
     """Add `scale` times each `delta.<part>.<parameter>` among the tensors of an adapter file.
 
