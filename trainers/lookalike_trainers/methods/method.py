@@ -65,6 +65,9 @@ class Wearer(Protocol):
     @property
     def tokenizers(self) -> Sequence[Any]: ...
 
+    @property
+    def learned(self) -> dict[str, list[str]]: ...
+
 
 TakeOff = Callable[[], None]
 """Undoes what put an adapter on, to the bit."""

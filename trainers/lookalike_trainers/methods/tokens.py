@@ -5,23 +5,32 @@ apart from the table: no optimiser state for 49,000 rows, nothing to put back af
 ZeRO may cut them into shares.
 """
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
+from lookalike_platform.errors import InvalidRequest
+from lookalike_trainers.base_parts import token_names
+from lookalike_trainers.methods.deltas import parts_of
+from lookalike_trainers.methods.method import TakeOff, Wearer
+
+PREFIX = "tokens."
+
 
 class TokenRows(nn.Module):
     """An embedding table [vocabulary, width] with learned rows [count, width] after it.
 
-    It takes the place of a text encoder's `token_embedding`: ids from `first` on are learned rows.
+    It takes the place of a text encoder's `token_embedding`: the `count` ids from `first` on are
+    learned rows. Several may lie one over the other, each with ids of its own.
     """
 
     def __init__(self, table: nn.Embedding, rows: torch.Tensor, first: int) -> None:
         super().__init__()
         self.table = table
         self.rows = nn.Parameter(rows.detach().float().clone())
-        self.first = first
+        self.first, self.count = first, len(rows)
 
     @property
     def weight(self) -> torch.Tensor:
@@ -30,9 +39,9 @@ class TokenRows(nn.Module):
         return weight
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        learned = ids >= self.first
+        learned = (ids >= self.first) & (ids < self.first + self.count)
         known = self.table(ids.masked_fill(learned, 0))
-        rows = self.rows.to(known.dtype)[(ids - self.first).clamp(min=0)]
+        rows = self.rows.to(known.dtype)[(ids - self.first).clamp(0, self.count - 1)]
         return torch.where(learned.unsqueeze(-1), rows, known)
 
 
@@ -53,3 +62,53 @@ def word_rows(encoder: Any, tokenizer: Any, word: str, count: int) -> torch.Tens
     table = embeddings(encoder).token_embedding.weight
     ids = tokenizer(word, add_special_tokens=False).input_ids
     return table[ids].mean(0, keepdim=True).expand(count, -1).detach().clone()
+
+
+def learn_rows(parts: Any, encoders: Sequence[Any], word: str, initializer: str) -> list[TokenRows]:
+    """Rows for a word that `parts.learn` made tokens of, one `TokenRows` an encoder."""
+    names = parts.learned[word]
+    return [
+        add_rows(
+            encoder,
+            word_rows(encoder, tokenizer, initializer, len(names)),
+            tokenizer.convert_tokens_to_ids(names[0]),
+        )
+        for encoder, tokenizer in zip(encoders, parts.tokenizers, strict=True)
+    ]
+
+
+def wear_words(wearer: Wearer, tensors: Mapping[str, torch.Tensor], word: str) -> TakeOff:
+    """Let `word` in prompts stand for the rows `tokens.<part>` of an adapter file, if it has any.
+
+    The names stay known to the tokenizers when the word is taken off, for these cannot forget:
+    nobody writes them, and their ids are the same when the word is worn again.
+    """
+    rows = {name: tensors.get(f"{PREFIX}{name}") for name in parts_of(wearer) if name != "unet"}
+    if all(one is None for one in rows.values()):
+        return lambda: None
+    added = []
+    for (name, own), tokenizer, encoder in zip(
+        rows.items(), wearer.tokenizers, wearer.text_encoders, strict=True
+    ):
+        if own is None:
+            raise InvalidRequest(f"The adapter has learned words, but none for {name}.")
+        names = token_names(word, len(own))
+        tokenizer.add_tokens(names)
+        first = tokenizer.convert_tokens_to_ids(names[0])
+        layer = add_rows(encoder, own.to(encoder.device), first)
+        added.append((encoder, layer.requires_grad_(False)))
+        wearer.learned[word] = names
+
+    def take_off() -> None:
+        del wearer.learned[word]
+        for encoder, layer in added:
+            owner: Any = embeddings(encoder)
+            if owner.token_embedding is layer:
+                owner.token_embedding = layer.table
+                continue
+            above = owner.token_embedding
+            while above.table is not layer:
+                above = above.table
+            above.table = layer.table
+
+    return take_off
