@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 import torch
 
+from lookalike_registry.adapter_file import ARCHITECTURES
 from lookalike_trainers.config import TrainingConfig
 from lookalike_trainers.data import Batch
 from lookalike_trainers.denoiser import Denoiser
@@ -21,6 +22,19 @@ class Card:
     resolution: int
     trigger: str
     prediction_type: str
+
+    def modelspec(self, method: str) -> dict[str, str]:
+        """The fields of ModelSpec 1.0.1, as `tensor_file.save_tensors` takes them."""
+        lora = ARCHITECTURES[self.family, self.prediction_type]
+        return {
+            "sai_model_spec": "1.0.1",
+            "architecture": f"{lora.removesuffix('/lora')}/{method.replace('_', '-')}",
+            "implementation": "lookalike",
+            "title": self.title,
+            "resolution": f"{self.resolution}x{self.resolution}",
+            "trigger_phrase": self.trigger,
+            "prediction_type": "v" if self.prediction_type == "v_prediction" else "epsilon",
+        }
 
 
 class Method(Protocol):
