@@ -10,41 +10,52 @@ RESOLUTION = 64
 VAE_SCALE = 4
 TOKENS = 16
 WIDTH = 16
-"""Of the text features; the cross-attention's width too."""
+"""Of one text encoder's features."""
 
 
 def save_base(folder: Path, family: str = "sd1", seed: int = 0) -> Path:
-    """Write a base of the family: sd1 (epsilon) or sd2 (OpenCLIP's GELU, v-prediction)."""
+    """Write a base of the family: sd1 (epsilon), sd2 (OpenCLIP's GELU, v-prediction) or sdxl."""
+    import diffusers
     import torch
-    from diffusers import DDIMScheduler, StableDiffusionPipeline
 
     torch.manual_seed(seed)
-    pipeline = StableDiffusionPipeline(
-        vae=_vae(),
-        text_encoder=_text_encoder("quick_gelu" if family == "sd1" else "gelu"),
-        tokenizer=_tokenizer(),
-        unet=_unet(use_linear_projection=family == "sd2"),
-        scheduler=DDIMScheduler(
+    parts: dict[str, Any] = {
+        "vae": _vae(),
+        "text_encoder": _text_encoder("gelu" if family == "sd2" else "quick_gelu"),
+        "tokenizer": _tokenizer(),
+        "unet": _unet(family),
+        "scheduler": diffusers.DDIMScheduler(
             beta_start=0.00085,
             beta_end=0.012,
             beta_schedule="scaled_linear",
             clip_sample=False,
             set_alpha_to_one=False,
             steps_offset=1,
-            prediction_type="epsilon" if family == "sd1" else "v_prediction",
+            prediction_type="v_prediction" if family == "sd2" else "epsilon",
         ),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    pipeline.save_pretrained(folder)
+        "feature_extractor": None,
+    }
+    if family == "sdxl":
+        encoder = _text_encoder("gelu", projected=True)
+        parts |= {"text_encoder_2": encoder, "tokenizer_2": _tokenizer()}
+        diffusers.StableDiffusionXLPipeline(**parts).save_pretrained(folder)
+    else:
+        parts |= {"safety_checker": None, "requires_safety_checker": False}
+        diffusers.StableDiffusionPipeline(**parts).save_pretrained(folder)
     return folder
 
 
-def _unet(use_linear_projection: bool) -> Any:
+def _unet(family: str) -> Any:
     """Two levels; attention in the lower one and in the middle."""
     from diffusers import UNet2DConditionModel
 
+    told: dict[str, Any] = {}
+    if family == "sdxl":  # six sizes and the prompt's summary
+        told = {
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 8,
+            "projection_class_embeddings_input_dim": 6 * 8 + WIDTH,
+        }
     return UNet2DConditionModel(
         sample_size=RESOLUTION // VAE_SCALE,
         in_channels=4,
@@ -53,10 +64,11 @@ def _unet(use_linear_projection: bool) -> Any:
         block_out_channels=(8, 16),
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=WIDTH,
+        cross_attention_dim=2 * WIDTH if family == "sdxl" else WIDTH,
         attention_head_dim=2,
         norm_num_groups=4,
-        use_linear_projection=use_linear_projection,
+        use_linear_projection=family != "sd1",
+        **told,
     )
 
 
@@ -77,13 +89,14 @@ def _vae() -> Any:
     )
 
 
-def _text_encoder(activation: str) -> Any:
-    from transformers import CLIPTextConfig, CLIPTextModel
+def _text_encoder(activation: str, projected: bool = False) -> Any:
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-    return CLIPTextModel(
+    return (CLIPTextModelWithProjection if projected else CLIPTextModel)(
         CLIPTextConfig(
             vocab_size=len(_vocabulary()),
             hidden_size=WIDTH,
+            projection_dim=WIDTH,
             intermediate_size=32,
             num_hidden_layers=2,
             num_attention_heads=2,

@@ -32,14 +32,14 @@ def save_adapter(
     from transformers import CLIPTextModel
 
     unet = UNet2DConditionModel.from_pretrained(base / "unet")
-    shape = LoraShape(rank, 2.0 * rank, UNET)
-    text_shape = LoraShape(rank, 2.0 * rank, TEXT_ENCODER) if text_encoder else None
-    text_state = None
-    if text_shape is not None:
+    shapes = {"unet": LoraShape(rank, 2.0 * rank, UNET)}
+    states = {"unet": _random_lora(unet, shapes["unet"], seed)}
+    if text_encoder:
         encoder = CLIPTextModel.from_pretrained(base / "text_encoder")
-        text_state = _random_lora(encoder, text_shape, seed + 100)
-    card = LoraCard("a subject", "sd1", 64, "sks", "epsilon", shape, text_shape)
-    return save_lora(path, _random_lora(unet, shape, seed), text_state, card)
+        shapes["text_encoder"] = LoraShape(rank, 2.0 * rank, TEXT_ENCODER)
+        states["text_encoder"] = _random_lora(encoder, shapes["text_encoder"], seed + 100)
+    card = LoraCard("a subject", "sd1", 64, "sks", "epsilon", shapes)
+    return save_lora(path, states, card)
 
 
 def reference(
@@ -56,7 +56,7 @@ def reference(
     import diffusers
     import torch
 
-    pipeline = diffusers.StableDiffusionPipeline.from_pretrained(base, dtype=torch.float32)
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(base, dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     class_name, arguments = sampler
     scheduler = getattr(diffusers, class_name)

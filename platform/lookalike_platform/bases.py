@@ -17,12 +17,14 @@ from lookalike_platform.errors import CapabilityMissing, UnknownBase
 from lookalike_platform.families import (
     CLASSES,
     FAMILIES,
+    TOKENIZERS,
     Parts,
     SchedulerConfig,
     TextEncoderConfig,
     UNetConfig,
     VaeConfig,
     identify,
+    text_encoders,
 )
 from lookalike_platform.files import atomic_write, canonical_digest, sha256_bytes, sha256_file
 from lookalike_platform.settings import Settings
@@ -33,7 +35,7 @@ _WEIGHTS = re.compile(r"(model|diffusion_pytorch_model)(-\d{5}-of-\d{5})?\.safet
 _HUB_FILES = [
     "model_index.json",
     "scheduler/*.json",
-    "tokenizer/*",
+    *(f"{tokenizer}/*" for tokenizer in TOKENIZERS.values()),
     *(f"{part}/config.json" for part in CLASSES),
     *(f"{part}/*.safetensors.index.json" for part in CLASSES),
     *(f"{part}/{stem}.safetensors" for part in CLASSES for stem in ("model", "diffusion_*model")),
@@ -50,7 +52,7 @@ class Base:
     name: as asked for
     folder: diffusers layout
     fingerprint: digest of the weight files, whatever the folder is called
-    family: sd1 | sd2
+    family: sd1 | sd2 | sdxl
     resolution: pixels of a side, as it was trained
     vae_scale: pixels of a side per latent
     latent_channels: channels of a latent
@@ -108,20 +110,28 @@ def inspect(name: str, folder: Path, settings: Settings) -> Base:
         for part, entry in index.items()
         if isinstance(entry, list) and len(entry) == 2 and entry[1] is not None
     }
-    missing = sorted({*CLASSES, "tokenizer", "scheduler"} - classes.keys())
+    encoders = text_encoders(classes)
+    tokenizers = {TOKENIZERS[encoder] for encoder in encoders}
+    needed = {"unet", "vae", "text_encoder", "tokenizer", "scheduler", *tokenizers}
+    missing = sorted(needed - classes.keys())
     if missing:
         raise _unsupported(name, f"its model_index.json has no {', '.join(missing)}")
     parts = Parts(
         classes=classes,
         unet=_read_config(name, folder / "unet/config.json", UNetConfig),
         vae=_read_config(name, folder / "vae/config.json", VaeConfig),
-        text_encoder=_read_config(name, folder / "text_encoder/config.json", TextEncoderConfig),
+        text_encoders=tuple(
+            _read_config(name, folder / encoder / "config.json", TextEncoderConfig)
+            for encoder in encoders
+        ),
         scheduler=_read_config(name, folder / "scheduler/scheduler_config.json", SchedulerConfig),
     )
     family = identify(parts)
     if family is None:
         raise _unsupported(name, f"it is a {index.get('_class_name', 'folder of unknown class')}")
-    weights = [file for part in CLASSES for file in _weight_files(name, folder, part)]
+    weights = [
+        file for part in ("unet", "vae", *encoders) for file in _weight_files(name, folder, part)
+    ]
     digests = {str(file.relative_to(folder)): _digest(file, settings) for file in sorted(weights)}
     vae_scale = 2 ** (len(parts.vae.block_out_channels) - 1)
     return Base(
@@ -133,8 +143,8 @@ def inspect(name: str, folder: Path, settings: Settings) -> Base:
         vae_scale=vae_scale,
         latent_channels=parts.vae.latent_channels,
         prediction_type=parts.scheduler.prediction_type,
-        text_digest=_text_digest(name, folder, digests, settings),
-        max_tokens=parts.text_encoder.max_position_embeddings,
+        text_digest=_text_digest(name, folder, encoders, digests, settings),
+        max_tokens=min(encoder.max_position_embeddings for encoder in parts.text_encoders),
     )
 
 
@@ -229,13 +239,18 @@ def _weight_files(name: str, folder: Path, part: str) -> list[Path]:
     )
 
 
-def _text_digest(name: str, folder: Path, digests: dict[str, str], settings: Settings) -> str:
-    tokenizer = sorted(file for file in (folder / "tokenizer").glob("*") if file.is_file())
-    if not tokenizer:
-        raise UnknownBase(f"the base model {name!r} has no files in tokenizer/")
-    others = [folder / "text_encoder/config.json", *tokenizer]
+def _text_digest(
+    name: str, folder: Path, encoders: list[str], digests: dict[str, str], settings: Settings
+) -> str:
+    others = [folder / encoder / "config.json" for encoder in encoders]
+    for encoder in encoders:
+        tokenizer = TOKENIZERS[encoder]
+        files = sorted(file for file in (folder / tokenizer).glob("*") if file.is_file())
+        if not files:
+            raise UnknownBase(f"the base model {name!r} has no files in {tokenizer}/")
+        others += files
     return canonical_digest(
-        {path: digest for path, digest in digests.items() if path.startswith("text_encoder/")}
+        {path: digest for path, digest in digests.items() if path.startswith("text_encoder")}
         | {str(file.relative_to(folder)): _digest(file, settings) for file in others}
     )
 

@@ -43,6 +43,11 @@ class Text:
             joined[field.name] = None if parts[0] is None else torch.cat(parts)
         return cls(**joined)
 
+    def silenced(self) -> Self:
+        """Features of nothing, as SDXL takes an empty negative prompt; sizes stay."""
+        pooled = None if self.pooled is None else torch.zeros_like(self.pooled)
+        return type(self)(torch.zeros_like(self.features), pooled, self.time_ids)
+
     def tensors(self) -> dict[str, torch.Tensor]:
         """What is not None, by name: `Text(**text.tensors())` is the text again."""
         named = {field.name: getattr(self, field.name) for field in fields(self)}

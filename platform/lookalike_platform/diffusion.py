@@ -80,6 +80,7 @@ def guide(unconditional: torch.Tensor, conditional: torch.Tensor, scale: float) 
 
 def decode(vae: Any, latents: torch.Tensor) -> list[Image.Image]:
     """Pictures of latents: the autoencoder's [-1, 1] rounded to 8 bits."""
-    pixels = vae.decode(latents / vae.config.scaling_factor, return_dict=False)[0]
+    scaled = (latents / vae.config.scaling_factor).to(vae.dtype)
+    pixels = vae.decode(scaled, return_dict=False)[0]
     pixels = (pixels / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).float().cpu().numpy()
     return [Image.fromarray(numpy.round(picture * 255).astype(numpy.uint8)) for picture in pixels]

@@ -4,7 +4,7 @@ A family is recognised by the configuration of its parts. To support another one
 and teach the trainer and the sampler its text encoders and denoiser.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -18,6 +18,7 @@ class UNetConfig(_Config):
     sample_size: int = Field(gt=0)
     in_channels: int = 4
     cross_attention_dim: int = 1280
+    addition_embed_type: str | None = None
 
 
 class VaeConfig(_Config):
@@ -44,7 +45,7 @@ class Parts:
     classes: dict[str, str]
     unet: UNetConfig
     vae: VaeConfig
-    text_encoder: TextEncoderConfig
+    text_encoders: tuple[TextEncoderConfig, ...]
     scheduler: SchedulerConfig
 
 
@@ -57,27 +58,48 @@ class Family:
 
 CLASSES = {
     "text_encoder": "CLIPTextModel",
+    "text_encoder_2": "CLIPTextModelWithProjection",
     "unet": "UNet2DConditionModel",
     "vae": "AutoencoderKL",
 }
-"""The components of Stable Diffusion 1 and 2 that have weights, and the classes they must have."""
+"""The components that have weights, and the classes they must have. SDXL alone has the second
+text encoder."""
+TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
+
+
+def text_encoders(classes: Container[str]) -> list[str]:
+    """The text encoders among a base's components, in order."""
+    return [name for name in TOKENIZERS if name in classes]
+
+
+def _reads_text(parts: Parts) -> bool:
+    """CLIP text encoders condition a UNet, whose text features are theirs side by side."""
+    expected = {name: CLASSES[name] for name in ("unet", "vae", *text_encoders(parts.classes))}
+    others = {
+        name for name in parts.classes if name.startswith("text_encoder") and name not in CLASSES
+    }
+    widths = sum(encoder.hidden_size for encoder in parts.text_encoders)
+    return (
+        not others
+        and all(parts.classes.get(name) == wanted for name, wanted in expected.items())
+        and parts.unet.in_channels == parts.vae.latent_channels
+        and parts.unet.cross_attention_dim == widths
+    )
 
 
 def _is_stable_diffusion(parts: Parts) -> bool:
-    """One CLIP text encoder conditions a UNet that sees nothing but the latents."""
-    has_other_encoders = any(name.startswith("text_encoder_") for name in parts.classes)
+    """One encoder, and a UNet that is told nothing else."""
     return (
-        not has_other_encoders
-        and all(parts.classes.get(name) == expected for name, expected in CLASSES.items())
-        and parts.unet.in_channels == parts.vae.latent_channels
-        and parts.unet.cross_attention_dim == parts.text_encoder.hidden_size
+        _reads_text(parts)
+        and len(parts.text_encoders) == 1
+        and parts.unet.addition_embed_type is None
     )
 
 
 def _has_traits_of_sd2(parts: Parts) -> bool:
     """OpenCLIP's text encoder (plain GELU, or 1,024 wide), or the v-prediction of the 768 model."""
     return (
-        parts.text_encoder.hidden_act == "gelu"
+        parts.text_encoders[0].hidden_act == "gelu"
         or parts.unet.cross_attention_dim == 1024
         or parts.scheduler.prediction_type == "v_prediction"
     )
@@ -99,9 +121,20 @@ def _is_sd2(parts: Parts) -> bool:
     )
 
 
+def _is_sdxl(parts: Parts) -> bool:
+    """Two encoders, and a UNet that is told a summary of the prompt and sizes in pixels too."""
+    return (
+        _reads_text(parts)
+        and len(parts.text_encoders) == 2
+        and parts.unet.addition_embed_type == "text_time"
+        and parts.scheduler.prediction_type in {"epsilon", "v_prediction"}
+    )
+
+
 FAMILIES = [
     Family("sd1", "Stable Diffusion 1.x: OpenAI CLIP text encoder, epsilon prediction", _is_sd1),
     Family("sd2", "Stable Diffusion 2.x: OpenCLIP text encoder, epsilon or v", _is_sd2),
+    Family("sdxl", "Stable Diffusion XL: two text encoders and sizes, epsilon or v", _is_sdxl),
 ]
 
 

@@ -20,14 +20,14 @@ from typing import TYPE_CHECKING, Any
 
 from lookalike_platform.errors import FieldProblem, InvalidRequest
 from lookalike_platform.files import atomic_write
-from lookalike_registry.adapter_file import DTYPES, finite
+from lookalike_registry.adapter_file import DTYPES, PARTS, finite
 from lookalike_registry.safetensors_header import Header, Tensor, read_header, with_metadata
 
 if TYPE_CHECKING:
     import torch
 
 ADAPTER_NAME = "adapter.safetensors"
-PARTS = ("unet", "text_encoder", "text_encoder_2")
+METHOD_KEY = "lookalike.method"
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def save_tensors(
     plain = {key: tensor.detach().cpu().contiguous() for key, tensor in sorted(tensors.items())}
     metadata = {
         "format": "pt",
-        "lookalike.method": method,
+        METHOD_KEY: method,
         "lookalike.config": json.dumps(config, sort_keys=True),
         **{f"modelspec.{key}": value for key, value in modelspec.items()},
     }
@@ -61,7 +61,7 @@ def save_tensors(
 def adapter_info(header: Header, filename: str) -> AdapterInfo:
     """Raises InvalidRequest if the file does not say what it is."""
     try:
-        method = header.metadata["lookalike.method"]
+        method = header.metadata[METHOD_KEY]
         config = json.loads(header.metadata["lookalike.config"])
     except (KeyError, ValueError) as error:
         raise InvalidRequest(

@@ -11,6 +11,7 @@ from lookalike_platform import bases
 from lookalike_platform.bases import resolve
 from lookalike_platform.errors import UnknownBase
 from lookalike_platform.settings import Settings
+from support_models import TOKENS, save_base
 
 SD1: dict[str, dict[str, Any]] = {
     "model_index.json": {
@@ -51,6 +52,18 @@ def write_base(folder: Path, **changes: dict[str, Any]) -> Path:
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     return write_base(tmp_path / "base")
+
+
+def test_sdxl_is_known_by_its_two_encoders_and_sizes(tmp_path: Path, settings: Settings) -> None:
+    folder = save_base(tmp_path, "sdxl")
+    base = resolve(str(folder), settings)
+    assert (base.family, base.prediction_type, base.max_tokens) == ("sdxl", "epsilon", TOKENS)
+    before = base.text_digest
+    (folder / "tokenizer_2" / "added.json").write_text("{}")
+    assert resolve(str(folder), settings).text_digest != before
+    (folder / "text_encoder_2" / "model.safetensors").unlink()
+    with pytest.raises(UnknownBase, match="no weights in text_encoder_2/"):
+        resolve(str(folder), settings)
 
 
 def test_the_bundled_base_is_here_by_its_name(settings: Settings) -> None:
@@ -226,7 +239,8 @@ def test_only_hub_ids_can_be_fetched() -> None:
 def test_nothing_of_the_platform_but_the_sampling_loop_imports_torch() -> None:
     program = (
         "import pkgutil, sys, importlib, lookalike_platform as p\n"
-        "skip = ('lookalike_platform.db.migrations', 'lookalike_platform.diffusion')\n"
+        "skip = tuple('lookalike_platform.' + m for m in\n"
+        "    ('db.migrations', 'diffusion', 'conditioning'))\n"
         "for module in pkgutil.walk_packages(p.__path__, 'lookalike_platform.'):\n"
         "    if not module.name.startswith(skip): importlib.import_module(module.name)\n"
         "heavy = {'torch', 'diffusers', 'transformers', 'boto3', 'huggingface_hub'}\n"

@@ -3,6 +3,7 @@
 Torch. Everything is float32 and frozen; a method thaws what it trains.
 """
 
+import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -80,6 +81,12 @@ class BaseParts:
     def encode(self, prompts: Sequence[str], resolution: int) -> Text:
         """Prompts as the base's own text encoders read them."""
         return encode(self.text_encoders, self.ids(prompts).to(self.device), resolution)
+
+    def blank(self, resolution: int) -> Text:
+        """The empty negative prompt as sampling takes it: SDXL's is nothing at all."""
+        index = json.loads((self.folder / "model_index.json").read_text())
+        text = self.encode([""], resolution)
+        return text.silenced() if index.get("force_zeros_for_empty_prompt") else text
 
     def learn(self, word: str, count: int) -> None:
         """From now on `word` in a prompt is `count` new tokens of the tokenizers.

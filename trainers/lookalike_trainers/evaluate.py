@@ -5,7 +5,6 @@ adapter at the right, both from the same noise.
 """
 
 from collections.abc import Callable
-from importlib import import_module
 from pathlib import Path
 
 import torch
@@ -14,8 +13,8 @@ from PIL import Image, ImageDraw
 from lookalike_platform.diffusion import decode, denoise, noise
 from lookalike_platform.samplers import make_sampler
 from lookalike_trainers.base_parts import BaseParts
-from lookalike_trainers.config import METHODS, RunRequest, TrainingConfig
-from lookalike_trainers.methods.method import Wear
+from lookalike_trainers.config import RunRequest, TrainingConfig
+from lookalike_trainers.methods.find import wear_of
 
 SCENES = ("a {}", "a {} on a green background", "a {} on the beach", "a {} in the snow")
 SEEDS = (11, 12)
@@ -33,14 +32,11 @@ def draw_samples(
 ) -> Path:
     """Draw the grid as `samples.png` beside the adapter file; single images in `samples/`."""
     parts = BaseParts(request.base_folder, device)
-    info = next(method for method in METHODS if method.name == request.method)
-    module_name, function = info.wear.split(":")
-    wear: Wear = getattr(import_module(module_name), function)
     subject = f"{config.trigger} {request.class_noun}"
     columns: dict[str, list[list[Image.Image]]] = {"base": [], "adapter": []}
     for column, words in (("base", request.class_noun), ("adapter", subject)):
         if column == "adapter":
-            wear(parts, adapter, 1.0, config.trigger)
+            wear_of(request.method)(parts, adapter, 1.0, config.trigger)
         for number, scene in enumerate(SCENES):
             columns[column].append(_paint(parts, scene.format(words), config, device))
             say({"type": "sampled", "column": column, "prompt": scene.format(words), "row": number})
@@ -63,15 +59,14 @@ def _paint(
     assert config.resolution is not None
     side = config.resolution // 2 ** (len(vae.config.block_out_channels) - 1)
     with torch.inference_mode():
-        texts = parts.encode([prompt, ""], config.resolution)
         latents, generators = noise(SEEDS, unet.config.in_channels, side, side)
         latents = denoise(
             unet,
             make_sampler("dpmsolver++", dict(parts.scheduler.config)),
             latents.to(device),
             generators,
-            texts[:1],
-            texts[1:],
+            parts.encode([prompt], config.resolution),
+            parts.blank(config.resolution),
             steps=STEPS,
             guidance_scale=GUIDANCE,
         )

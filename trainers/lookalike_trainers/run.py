@@ -11,7 +11,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from importlib import import_module, metadata
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +62,7 @@ def run(folder: Path, say: Say) -> str:
     from lookalike_trainers.base_parts import BaseParts
     from lookalike_trainers.engine import make_engine
     from lookalike_trainers.loop import train
+    from lookalike_trainers.methods.find import builder_of
     from lookalike_trainers.prepare import prepare
 
     world = int(os.environ["WORLD_SIZE"])
@@ -71,9 +72,8 @@ def run(folder: Path, say: Say) -> str:
     with _first_rank_first(folder):
         data, prior_digest = prepare(request, config, parts, say)
 
-    module_name, function = info.entry.split(":")
     torch.manual_seed(config.seed)  # the adapters' start does not depend on what was cached
-    method = getattr(import_module(module_name), function)(parts, config)
+    method = builder_of(request.method)(parts, config)
     engine = make_engine(
         method.module,
         method.parameter_groups(),

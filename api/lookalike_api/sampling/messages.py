@@ -19,12 +19,17 @@ from typing import Any, Self
 
 @dataclass(frozen=True)
 class AdapterFile:
-    """One adapter to sample with. `digest` is the sha256 of the file at `path`."""
+    """One adapter to sample with.
+
+    digest: sha256 of the file at `path`
+    word: what prompts call a subject whose adapter learned tokens; else empty
+    """
 
     ref: str
     digest: str
     path: Path
     scale: float
+    word: str = ""
 
 
 @dataclass(frozen=True)

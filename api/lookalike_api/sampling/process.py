@@ -87,7 +87,7 @@ def _carry_out(
     base.wear(order.adapters)
     scene = Scene(
         text=base.embed(order.prompt),
-        blank=base.embed(order.negative_prompt),
+        blank=base.embed_negative(order.negative_prompt),
         guidance_scale=order.guidance_scale,
         steps=order.steps,
         sampler=order.sampler,

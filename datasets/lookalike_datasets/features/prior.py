@@ -50,14 +50,15 @@ def prior_images(
 
     Args:
         load_parts: called only when images are missing, for an object with `unet`, `vae`,
-            `scheduler` and `encode(prompts, resolution) -> Text`.
+            `scheduler`, `encode(prompts, resolution)` and `blank(resolution)`, as `BaseParts`.
         on_image: called with (images there, images wanted).
     """
     paths = [_path(request, i, folder) for i in range(request.count)]
     missing = [i for i, path in enumerate(paths) if not path.is_file()]
     if missing:
         parts = load_parts()
-        texts = parts.encode([request.prompt, ""], request.resolution)
+        text = parts.encode([request.prompt], request.resolution)
+        blank = parts.blank(request.resolution)
         scale = 2 ** (len(parts.vae.config.block_out_channels) - 1)
         side = request.resolution // scale
         for start in range(0, len(missing), _AT_ONCE):
@@ -69,8 +70,8 @@ def prior_images(
                 make_sampler(request.sampler, dict(parts.scheduler.config)),
                 latents.to(parts.unet.device, parts.unet.dtype),
                 generators,
-                texts[:1],
-                texts[1:],
+                text,
+                blank,
                 steps=request.steps,
                 guidance_scale=request.guidance_scale,
             )

@@ -37,6 +37,39 @@ def base(base_folder: Path) -> Any:
     return ResidentBase(base_folder, "cpu")
 
 
+@pytest.mark.parametrize("negative", ["blue", None])
+def test_sdxl_is_painted_as_diffusers_paints_it(tmp_path: Path, negative: str | None) -> None:
+    from lookalike_api.sampling.engine import Scene
+    from lookalike_api.sampling.engine import paint as paint_scene
+    from lookalike_api.sampling.models import ResidentBase
+
+    folder = save_base(tmp_path, "sdxl")
+    path = tmp_path / "lora.safetensors"
+    digest = save_adapter(path, folder, seed=3)
+    base = ResidentBase(folder, "cpu")
+    base.wear([AdapterFile("rex@1", digest, path, 0.7)])
+    texts = {"text": base.embed(PROMPT), "blank": base.embed_negative(negative or "")}
+    asked = {"steps": 4, "sampler": "ddim", "seed": 5, "num_images": 2, "guidance_scale": 4.0}
+    scene = Scene(**texts, **asked, width=64, height=64)  # type: ignore[arg-type]
+    ours = paint_scene(base, scene, lambda step, total: None)
+    theirs = reference(
+        folder,
+        PROMPT,
+        seed=5,
+        num_images=2,
+        sampler=SAMPLERS["ddim"],
+        adapters=[(path, 0.7)],
+        negative_prompt=negative,
+        num_inference_steps=4,
+        guidance_scale=4.0,
+        width=64,
+        height=64,
+    )
+    for mine, other in zip(ours, theirs, strict=True):
+        apart = numpy.asarray(mine, dtype=int) - numpy.asarray(other, dtype=int)
+        assert abs(apart).max() <= 1
+
+
 def paint(base: Any, adapters: Sequence[AdapterFile] = (), **changes: Any) -> list[Any]:
     from lookalike_api.sampling.engine import Scene
     from lookalike_api.sampling.engine import paint as paint_scene
@@ -173,7 +206,7 @@ def test_the_base_is_never_served_alone_when_keys_did_not_load(
     digest = save_adapter(path, base_folder, seed=9, text_encoder=True)
     # As if a later diffusers spelt the text encoder's prefix otherwise, and only logged it.
     monkeypatch.setattr(
-        type(base._pipeline), "load_lora_into_text_encoder", lambda *args, **options: None
+        type(base._loras._pipeline), "load_lora_into_text_encoder", lambda *args, **options: None
     )
     with pytest.raises(InvalidRequest, match="tensors of mine@1 could be loaded"):
         base.wear([AdapterFile("mine@1", digest, path, 1.0)])
@@ -184,9 +217,9 @@ def test_the_base_is_never_served_alone_when_keys_did_not_load(
 def test_adapters_beyond_the_budget_leave_memory_except_those_worn(
     base_folder: Path, adapters: list[AdapterFile], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lookalike_api.sampling import models
+    from lookalike_api.sampling import loras, models
 
-    monkeypatch.setattr(models, "MAX_ADAPTER_BYTES", 1)
+    monkeypatch.setattr(loras, "MAX_ADAPTER_BYTES", 1)
     base = models.ResidentBase(base_folder, "cpu")
     first = paint(base, adapters[:1])
     paint(base, adapters[1:])
