@@ -1,7 +1,7 @@
 """The embedded stack: everything Lookalike needs, as children of one process.
 
     the supervisor ─┬─ api      uvicorn
-                    ├─ train    Celery worker of the queue `train`
+                    ├─ train    Celery worker of the queues `train` and `evaluate`
                     └─ sample   Celery worker of the queue `sample`
 
 A home has at most one stack. Its supervisor holds a lock on `<home>/stack.lock`, which the kernel
@@ -187,7 +187,7 @@ def free_port(host: str) -> int:
 
 def environment(settings: Settings) -> dict[str, str]:
     """This process's environment, with which a child reads the same settings."""
-    values = settings.model_dump(mode="json")
+    values = settings.model_dump(mode="json", exclude_none=True)
     return {**os.environ, **{f"LOOKALIKE_{key.upper()}": str(v) for key, v in values.items()}}
 
 

@@ -212,13 +212,15 @@ def _live(session: Session, owner: str, concept: str) -> list[AdapterVersion]:
 def _refuse_in_use(session: Session, version: AdapterVersion) -> None:
     unfinished = session.scalars(
         select(Job).where(
-            Job.owner == version.owner, Job.kind == "generate", Job.state.not_in(TERMINAL)
+            Job.owner == version.owner,
+            Job.kind.in_(["generate", "evaluate"]),
+            Job.state.not_in(TERMINAL),
         )
     )
     for job in unfinished:
         if any(adapter["id"] == version.id for adapter in job.request["adapters"]):
             raise Conflict(
-                f"Job {job.id} is sampling {version.concept}@{version.version}. Wait for it, or"
+                f"Job {job.id} is using {version.concept}@{version.version}. Wait for it, or"
                 " cancel it."
             )
 

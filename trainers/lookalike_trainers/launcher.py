@@ -63,15 +63,19 @@ class Launch:
 def launch(request: RunRequest, folder: Path) -> Launch:
     """Write the request into the run folder and start the processes on it."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / STOP_FILE).unlink(missing_ok=True)
     (folder / "request.json").write_text(request.model_dump_json(indent=1))
+    return start(
+        folder,
+        command(folder, request.num_processes),
+        environment(request.device, request.num_processes),
+    )
+
+
+def start(folder: Path, argv: list[str], env: dict[str, str]) -> Launch:
+    """Start a program that says on standard output, in JSON lines, what happens."""
+    (folder / STOP_FILE).unlink(missing_ok=True)
     with (folder / LOG_FILE).open("ab") as errors:
-        popen = spawn_group(
-            command(folder, request.num_processes),
-            env=environment(request),
-            stdout=subprocess.PIPE,
-            stderr=errors,
-        )
+        popen = spawn_group(argv, env=env, stdout=subprocess.PIPE, stderr=errors)
     return Launch(popen, folder)
 
 
@@ -95,9 +99,9 @@ def command(folder: Path, num_processes: int) -> list[str]:
 SPIN_COUNT = "3000"
 
 
-def environment(request: RunRequest) -> dict[str, str]:
+def environment(device: str, num_processes: int = 1) -> dict[str, str]:
     """The worker's own environment, and what makes runs quick, quiet and repeatable."""
-    threads = max(1, _cores() // request.num_processes)
+    threads = max(1, _cores() // num_processes)
     ours = {
         "OMP_NUM_THREADS": str(threads),
         "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # cuBLAS is repeatable only so
@@ -105,7 +109,7 @@ def environment(request: RunRequest) -> dict[str, str]:
         "TOKENIZERS_PARALLELISM": "false",
         "PYTHONUNBUFFERED": "1",
     }
-    if request.device == "cpu":
+    if device == "cpu":
         ours |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
     return {"GOMP_SPINCOUNT": SPIN_COUNT, **os.environ, **ours}
 

@@ -62,20 +62,28 @@ def api(host: Host = None, port: Port = None) -> None:
 
 
 def worker(
-    queue: Annotated[Queue, typer.Option(help="Train adapters, or sample pictures.")],
+    queue: Annotated[
+        Queue, typer.Option(help="Train adapters (and evaluate them), or sample pictures.")
+    ],
 ) -> None:
     """Run one Celery worker; it takes one job at a time."""
     from lookalike_platform.celery_app import app
 
     setup_logging()
-    modules = {Queue.train: "lookalike_trainers.task", Queue.sample: "lookalike_api.sampling.task"}
-    app.conf.include = [modules[queue]]
+    modules, queues = {
+        Queue.train: (
+            ["lookalike_trainers.task", "lookalike_trainers.evaluation.task"],
+            ["train", "evaluate"],
+        ),
+        Queue.sample: (["lookalike_api.sampling.task"], ["sample"]),
+    }[queue]
+    app.conf.include = modules
     app.worker_main(
         [
             "worker",
             "--pool=threads",
             "--concurrency=1",
-            f"--queues={queue}",
+            f"--queues={','.join(queues)}",
             f"--hostname={queue}-{os.getpid()}@%h",
             "--without-gossip",
             "--without-mingle",

@@ -6,7 +6,6 @@ claim → preparing → sampling ─┬→ succeeded   pictures kept as blobs
                               └→ queued      the worker shuts down
 """
 
-import logging
 import os
 import socket
 import tempfile
@@ -29,11 +28,10 @@ from lookalike_platform.db.engine import Database, open_database
 from lookalike_platform.db.tables import Job
 from lookalike_platform.errors import LookalikeError
 from lookalike_platform.jobs import lease as leases
-from lookalike_platform.jobs.hold import Hold, held
-from lookalike_platform.jobs.lease import Lease, LeaseLost
+from lookalike_platform.jobs.hold import Hold
+from lookalike_platform.jobs.lease import Lease
+from lookalike_platform.jobs.work import carry_out
 from lookalike_platform.settings import Settings, get_settings
-
-log = logging.getLogger(__name__)
 
 # A sampler that dies is started again this often before the job fails.
 TRIES = 2
@@ -61,39 +59,16 @@ def run(
     sampler: SamplerService,
 ) -> None:
     """Carry out a generate job if it is still to be done; its end is written to the database."""
-    lease = leases.claim(db, job_id, worker, settings.lease_seconds)
-    if lease is None:
-        return
-    try:
-        _carry_out(db, lease, blobs, settings, sampler)
-    except LeaseLost:
-        log.warning("%s went on elsewhere; leaving it alone", job_id)
-
-
-def _carry_out(
-    db: Database, lease: Lease, blobs: BlobStore, settings: Settings, sampler: SamplerService
-) -> None:
-    try:
-        with held(db, lease) as hold:
-            result = _sample(db, lease, hold, blobs, settings, sampler)
-    except LeaseLost:
-        raise
-    except LookalikeError as error:
-        leases.fail(db, lease, error.problem())
-    except Exception as error:
-        log.exception("%s failed", lease.job_id)
-        unexpected = LookalikeError(
-            f"The pictures could not be made ({type(error).__name__}: {error}). The worker's log "
-            "has the whole story."
-        )
-        leases.fail(db, lease, unexpected.problem())
-    else:
-        if result is not None:
-            leases.succeed(db, lease, result)
-        elif hold.cancel_requested:
-            leases.cancel(db, lease)
-        else:
-            leases.release(db, lease)
+    carry_out(
+        db,
+        job_id,
+        worker,
+        settings.lease_seconds,
+        lambda lease, hold: _sample(db, lease, hold, blobs, settings, sampler),
+        lambda what: LookalikeError(
+            f"The pictures could not be made ({what}). The worker's log has the whole story."
+        ),
+    )
 
 
 def _sample(

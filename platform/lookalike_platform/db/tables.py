@@ -48,7 +48,7 @@ class SubjectImage(Table):
 
 
 class Job(Table):
-    """One unit of queued work. `kind`: train | generate. States in `jobs/states.py`."""
+    """One unit of queued work. `kind`: train | generate | evaluate. States in `jobs/states.py`."""
 
     __tablename__ = "jobs"
     id: Mapped[str] = mapped_column(primary_key=True)

@@ -2,7 +2,8 @@
 
     train      queued → preparing → training → evaluating → registering ─┬→ succeeded
     generate   queued → preparing → sampling ────────────────────────────┼→ failed
-                 ↑__________|  worker lost, or drained                   └→ canceled
+    evaluate   queued → preparing → evaluating ──────────────────────────┴→ canceled
+                 ↑__________|  worker lost, or drained
 
 A worker moves its job forwards only, and may skip states. A job goes back to `queued` when its
 worker is lost or drained. Terminal states absorb: nothing leaves them.
@@ -19,10 +20,11 @@ TERMINAL = frozenset({SUCCEEDED, FAILED, CANCELED})
 RUNNING_STATES = {
     "train": (PREPARING, "training", "evaluating", "registering"),
     "generate": (PREPARING, "sampling"),
+    "evaluate": (PREPARING, "evaluating"),
 }
 """By kind of job, the states a worker takes it through."""
 
-QUEUES = {"train": "train", "generate": "sample"}
+QUEUES = {"train": "train", "generate": "sample", "evaluate": "evaluate"}
 """By kind of job, the queue its message goes to."""
 
 ALL = tuple(

@@ -16,50 +16,50 @@ from lookalike_platform.files import canonical_digest, sha256_file
 PHOTO_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp"})
 
 _PLACES = (
-    "a {} in the jungle",
-    "a {} in the snow",
-    "a {} on the beach",
-    "a {} on a cobblestone street",
-    "a {} on top of pink fabric",
-    "a {} on top of a wooden floor",
-    "a {} with a city in the background",
-    "a {} with a mountain in the background",
-    "a {} with a blue house in the background",
-    "a {} on top of a purple rug in a forest",
+    "a {subject} in the jungle",
+    "a {subject} in the snow",
+    "a {subject} on the beach",
+    "a {subject} on a cobblestone street",
+    "a {subject} on top of pink fabric",
+    "a {subject} on top of a wooden floor",
+    "a {subject} with a city in the background",
+    "a {subject} with a mountain in the background",
+    "a {subject} with a blue house in the background",
+    "a {subject} on top of a purple rug in a forest",
 )
 _PROPERTIES = (
-    "a red {}",
-    "a purple {}",
-    "a shiny {}",
-    "a wet {}",
-    "a cube shaped {}",
+    "a red {subject}",
+    "a purple {subject}",
+    "a shiny {subject}",
+    "a wet {subject}",
+    "a cube shaped {subject}",
 )
 OBJECT_PROMPTS = (
     *_PLACES,
-    "a {} with a wheat field in the background",
-    "a {} with a tree and autumn leaves in the background",
-    "a {} with the Eiffel Tower in the background",
-    "a {} floating on top of water",
-    "a {} floating in an ocean of milk",
-    "a {} on top of green grass with sunflowers around it",
-    "a {} on top of a mirror",
-    "a {} on top of the sidewalk in a crowded street",
-    "a {} on top of a dirt road",
-    "a {} on top of a white rug",
+    "a {subject} with a wheat field in the background",
+    "a {subject} with a tree and autumn leaves in the background",
+    "a {subject} with the Eiffel Tower in the background",
+    "a {subject} floating on top of water",
+    "a {subject} floating in an ocean of milk",
+    "a {subject} on top of green grass with sunflowers around it",
+    "a {subject} on top of a mirror",
+    "a {subject} on top of the sidewalk in a crowded street",
+    "a {subject} on top of a dirt road",
+    "a {subject} on top of a white rug",
     *_PROPERTIES,
 )
 LIVE_PROMPTS = (
     *_PLACES,
-    "a {} wearing a red hat",
-    "a {} wearing a santa hat",
-    "a {} wearing a rainbow scarf",
-    "a {} wearing a black top hat and a monocle",
-    "a {} in a chef outfit",
-    "a {} in a firefighter outfit",
-    "a {} in a police outfit",
-    "a {} wearing pink glasses",
-    "a {} wearing a yellow shirt",
-    "a {} in a purple wizard outfit",
+    "a {subject} wearing a red hat",
+    "a {subject} wearing a santa hat",
+    "a {subject} wearing a rainbow scarf",
+    "a {subject} wearing a black top hat and a monocle",
+    "a {subject} in a chef outfit",
+    "a {subject} in a firefighter outfit",
+    "a {subject} in a police outfit",
+    "a {subject} wearing pink glasses",
+    "a {subject} wearing a yellow shirt",
+    "a {subject} in a purple wizard outfit",
     *_PROPERTIES,
 )
 
@@ -106,7 +106,7 @@ class Subject:
 
     @property
     def prompts(self) -> tuple[str, ...]:
-        """The 25 prompts of its kind, with a place for what it is called."""
+        """The 25 prompts of its kind, with `{subject}` for what it is called."""
         return LIVE_PROMPTS if self.about.live else OBJECT_PROMPTS
 
     @property

@@ -134,8 +134,10 @@ def _paint(
     seeds = range(protocol.seed, protocol.seed + protocol.images_per_prompt)
     of_class_seeds = range(protocol.seed, protocol.seed + protocol.class_images)
     return Paintings(
-        prompts=[template.format(noun) for template in templates],
-        of_subject=paint(adapter, [template.format(called) for template in templates], seeds),
+        prompts=[template.format(subject=noun) for template in templates],
+        of_subject=paint(
+            adapter, [template.format(subject=called) for template in templates], seeds
+        ),
         of_class=paint(adapter, [f"a {noun}"], of_class_seeds)[0],
     )
 

@@ -1,7 +1,8 @@
 """An adapter's scores from what it painted. Torch."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from PIL import Image
@@ -68,6 +69,21 @@ def score(judges: Judges, real: Sequence[Image.Image], painted: Paintings) -> Sc
             by_encoder[name][encoder.name] = values
     probable = judges.prompt.score_prompts(pictures, asked).tolist()
     return Scores(prompt_fidelity={judges.prompt.name: probable}, **by_encoder)
+
+
+def figures(scores: Scores) -> dict[str, dict[str, Any]]:
+    """By measure and judge the mean of an adapter's scores: {"mean", "low", "high", "count"}.
+
+    The interval is over this adapter's pictures, and says nothing about other subjects.
+    """
+    return {
+        measure: {
+            judge: asdict(measures.bootstrap(values))
+            for judge, values in by_judge.items()
+            if values
+        }
+        for measure, by_judge in scores.model_dump().items()
+    }
 
 
 def _of_encoder(
