@@ -51,11 +51,13 @@ def named(part: nn.Module) -> dict[str, nn.Parameter]:
 
 def parts_of(wearer: Wearer) -> dict[str, Any]:
     """The wearer's parts by their names in adapter files."""
-    encoders = {
-        f"text_encoder_{place + 1}" if place else "text_encoder": encoder
-        for place, encoder in enumerate(wearer.text_encoders)
-    }
+    encoders = {part_name(place): encoder for place, encoder in enumerate(wearer.text_encoders)}
     return {"unet": wearer.unet, **encoders}
+
+
+def part_name(place: int) -> str:
+    """Of the text encoder at this place, from 0: text_encoder, text_encoder_2."""
+    return f"text_encoder_{place + 1}" if place else "text_encoder"
 
 
 def differences(

@@ -3,6 +3,9 @@
 Textual Inversion (Gal et al. 2023), and whatever else learns a word. The rows are a small Parameter
 apart from the table: no optimiser state for 49,000 rows, nothing to put back after each step, and
 ZeRO may cut them into shares.
+
+Rows may be held at a norm n, v = n r / |r| with r what trains (Salimans & Kingma 2016, its length
+fixed): nothing is to be done between steps, so shares and checkpoints stay exact.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,7 +16,7 @@ from torch import nn
 
 from lookalike_platform.errors import InvalidRequest
 from lookalike_trainers.base_parts import token_names
-from lookalike_trainers.methods.deltas import parts_of
+from lookalike_trainers.methods.deltas import part_name, parts_of
 from lookalike_trainers.methods.method import TakeOff, Wearer
 
 PREFIX = "tokens."
@@ -24,13 +27,26 @@ class TokenRows(nn.Module):
 
     It takes the place of a text encoder's `token_embedding`: the `count` ids from `first` on are
     learned rows. Several may lie one over the other, each with ids of its own.
+
+    Args:
+        norm: the length every row is held at; None: each has its own.
     """
 
-    def __init__(self, table: nn.Embedding, rows: torch.Tensor, first: int) -> None:
+    def __init__(
+        self, table: nn.Embedding, rows: torch.Tensor, first: int, norm: float | None = None
+    ) -> None:
         super().__init__()
         self.table = table
-        self.rows = nn.Parameter(rows.detach().float().clone())
+        self.norm = norm
+        self.rows = nn.Parameter(self._held(rows.detach().float()).clone())
         self.first, self.count = first, len(rows)
+
+    def vectors(self) -> torch.Tensor:
+        """The rows as the encoder reads them, [count, width]."""
+        return self._held(self.rows)
+
+    def _held(self, rows: torch.Tensor) -> torch.Tensor:
+        return rows if self.norm is None else self.norm * nn.functional.normalize(rows, dim=-1)
 
     @property
     def weight(self) -> torch.Tensor:
@@ -41,14 +57,14 @@ class TokenRows(nn.Module):
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         learned = (ids >= self.first) & (ids < self.first + self.count)
         known = self.table(ids.masked_fill(learned, 0))
-        rows = self.rows.to(known.dtype)[(ids - self.first).clamp(0, self.count - 1)]
+        rows = self.vectors().to(known.dtype)[(ids - self.first).clamp(0, self.count - 1)]
         return torch.where(learned.unsqueeze(-1), rows, known)
 
 
-def add_rows(encoder: Any, rows: torch.Tensor, first: int) -> TokenRows:
+def add_rows(encoder: Any, rows: torch.Tensor, first: int, norm: float | None = None) -> TokenRows:
     """Give an encoder learned rows [count, width] for the ids from `first` on."""
     owner = embeddings(encoder)
-    owner.token_embedding = TokenRows(owner.token_embedding, rows, first)
+    owner.token_embedding = TokenRows(owner.token_embedding, rows, first, norm)
     return owner.token_embedding
 
 
@@ -64,17 +80,36 @@ def word_rows(encoder: Any, tokenizer: Any, word: str, count: int) -> torch.Tens
     return table[ids].mean(0, keepdim=True).expand(count, -1).detach().clone()
 
 
-def learn_rows(parts: Any, encoders: Sequence[Any], word: str, initializer: str) -> list[TokenRows]:
-    """Rows for a word that `parts.learn` made tokens of, one `TokenRows` an encoder."""
+def median_norm(encoder: Any) -> float:
+    """Of the rows of the encoder's own vocabulary."""
+    return float(embeddings(encoder).token_embedding.weight.float().norm(dim=-1).median())
+
+
+def learn_rows(
+    parts: Any, encoders: Sequence[Any], word: str, initializer: str, *, keep_norm: bool = False
+) -> list[TokenRows]:
+    """Rows for a word that `parts.learn` made tokens of, one `TokenRows` an encoder.
+
+    keep_norm: hold them at the median norm of the encoder's vocabulary.
+    """
     names = parts.learned[word]
     return [
         add_rows(
             encoder,
             word_rows(encoder, tokenizer, initializer, len(names)),
             tokenizer.convert_tokens_to_ids(names[0]),
+            median_norm(encoder) if keep_norm else None,
         )
         for encoder, tokenizer in zip(encoders, parts.tokenizers, strict=True)
     ]
+
+
+def saved_rows(layers: Sequence[TokenRows]) -> dict[str, torch.Tensor]:
+    """The rows by their keys in adapter files; `layers`: one an encoder, in order, or none."""
+    return {
+        f"{PREFIX}{part_name(place)}": layer.vectors().detach()
+        for place, layer in enumerate(layers)
+    }
 
 
 def wear_words(wearer: Wearer, tensors: Mapping[str, torch.Tensor], word: str) -> TakeOff:
@@ -86,6 +121,8 @@ def wear_words(wearer: Wearer, tensors: Mapping[str, torch.Tensor], word: str) -
     rows = {name: tensors.get(f"{PREFIX}{name}") for name in parts_of(wearer) if name != "unet"}
     if all(one is None for one in rows.values()):
         return lambda: None
+    if word in wearer.learned:
+        raise InvalidRequest(f"Two adapters answer to {word!r}: let one of them act at a time.")
     added = []
     for (name, own), tokenizer, encoder in zip(
         rows.items(), wearer.tokenizers, wearer.text_encoders, strict=True

@@ -1,0 +1,102 @@
+"""Learned words: their rows, their length, and that they come off without a trace."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from lookalike_platform.errors import InvalidRequest
+from lookalike_trainers.base_parts import BaseParts
+from lookalike_trainers.methods.tokens import TokenRows, median_norm, wear_words
+from support_models import RESOLUTION, WIDTH, save_base
+
+CPU = torch.device("cpu")
+PROMPTS = ["a sks dog", "a plain dog", "zot and sks"]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_base(tmp_path_factory.mktemp("base"))
+
+
+def rows(count: int, seed: int = 0) -> dict[str, torch.Tensor]:
+    drawn = torch.randn((count, WIDTH), generator=torch.Generator().manual_seed(seed))
+    return {"tokens.text_encoder": drawn}
+
+
+def features(parts: BaseParts) -> torch.Tensor:
+    with torch.no_grad():
+        return parts.encode(PROMPTS, RESOLUTION).features
+
+
+def test_known_ids_read_the_table_and_learned_ids_the_rows() -> None:
+    table, own = nn.Embedding(5, 3), torch.randn(2, 3)
+    both = torch.cat([table.weight.detach(), own])
+    ids = torch.tensor([[0, 5, 4], [6, 5, 1]])
+    assert torch.equal(TokenRows(table, own, 5)(ids), both[ids])
+
+
+def test_rows_held_at_a_norm_have_it_and_the_gradient_of_the_formula() -> None:
+    """v = n r / |r|:  dL/dr = n / |r| (g - u (u . g)), with u = r / |r| and g = dL/dv."""
+    table = nn.Embedding(5, 3).double()
+    layer = TokenRows(table, torch.randn(2, 3), 5, norm=0.4).double()
+    with torch.no_grad():
+        layer.rows.mul_(torch.tensor([[3.0], [0.5]]))
+    slope = torch.randn(1, 2, 3, dtype=torch.float64)
+    out = layer(torch.tensor([[5, 6]]))
+    out.backward(slope)
+    length = layer.rows.detach().norm(dim=-1, keepdim=True)
+    unit = layer.rows.detach() / length
+    torch.testing.assert_close(out[0], 0.4 * unit, rtol=1e-12, atol=0)
+    expected = 0.4 / length * (slope[0] - unit * (unit * slope[0]).sum(-1, keepdim=True))
+    assert layer.rows.grad is not None
+    torch.testing.assert_close(layer.rows.grad, expected, rtol=1e-10, atol=0)
+
+
+def test_the_median_norm_is_the_vocabulary_s(base: Path) -> None:
+    encoder = BaseParts(base, CPU).text_encoders[0]
+    table = encoder.state_dict()
+    weight = next(t for name, t in table.items() if name.endswith("token_embedding.weight"))
+    assert median_norm(encoder) == pytest.approx(sorted(weight.norm(dim=1))[(len(weight) - 1) // 2])
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_words_come_off_in_any_order_and_leave_the_base_to_the_bit(
+    base: Path, order: tuple[int, int]
+) -> None:
+    parts, plain = BaseParts(base, CPU), BaseParts(base, CPU)
+    before = features(plain)
+    offs = [wear_words(parts, rows(2), "sks"), wear_words(parts, rows(3, 1), "zot")]
+    both = features(parts)
+    assert torch.equal(both[1], before[1])
+    assert not torch.equal(both[0], before[0])
+    offs[order[0]]()
+    one = features(parts)
+    only = BaseParts(base, CPU)
+    wear_words(only, *[(rows(3, 1), "zot"), (rows(2), "sks")][order[0]])
+    torch.testing.assert_close(one, features(only))
+    offs[order[1]]()
+    assert torch.equal(features(parts), before)
+    assert not parts.learned
+    assert parts.text_encoders[0].state_dict().keys() == plain.text_encoders[0].state_dict().keys()
+
+
+def test_two_adapters_cannot_answer_to_one_word(base: Path) -> None:
+    parts = BaseParts(base, CPU)
+    wear_words(parts, rows(1), "sks")
+    with pytest.raises(InvalidRequest, match="sks"):
+        wear_words(parts, rows(1, 1), "sks")
+
+
+def test_two_owners_words_do_not_leak_into_each_other(base: Path) -> None:
+    """Each has its own word, however alike they are spelled."""
+    alone = BaseParts(base, CPU)
+    wear_words(alone, rows(1), "mine")
+    with torch.no_grad():
+        expected = alone.encode(["a mine"], RESOLUTION).features
+        parts = BaseParts(base, CPU)
+        wear_words(parts, rows(1, 1), "mine_2")
+        wear_words(parts, rows(1), "mine")
+        found = parts.encode(["a mine"], RESOLUTION).features
+    torch.testing.assert_close(found, expected)
