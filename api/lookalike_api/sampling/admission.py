@@ -47,12 +47,7 @@ def admit(
     _check_bases(base, found, manifests)
     width, height = _size(request, base)
 
-    subjects = [
-        Subject(
-            manifest.identity.concept, manifest.prompting.trigger, manifest.prompting.class_noun
-        )
-        for manifest in manifests
-    ]
+    subjects = [_subject(manifest) for manifest in manifests]
     bound_prompt, warnings = bind(request.prompt, subjects)
     if request.negative_prompt and request.guidance_scale == 1:
         warnings.append("The negative prompt has no effect at guidance scale 1.")
@@ -72,8 +67,9 @@ def admit(
                 version=version.version,
                 digest=version.digest,
                 scale=use.scale,
+                word=subject.word,
             )
-            for version, use in zip(found, request.adapters, strict=True)
+            for version, use, subject in zip(found, request.adapters, subjects, strict=True)
         ],
         base=name,
         guidance_scale=request.guidance_scale,
@@ -86,6 +82,18 @@ def admit(
         warnings=warnings,
     )
     return job, base
+
+
+def _subject(manifest: Manifest) -> Subject:
+    """Learned tokens get a word of the version's own: two owners may use the same trigger."""
+    prompting = manifest.prompting
+    return Subject(
+        name=manifest.identity.concept,
+        trigger=prompting.trigger,
+        class_noun=prompting.class_noun,
+        word=manifest.identity.id if manifest.weights.token_count else "",
+        phrase=prompting.phrase,
+    )
 
 
 def side_multiple(base: Base) -> int:

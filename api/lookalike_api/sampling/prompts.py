@@ -1,6 +1,11 @@
 """What a prompt says about its adapters: `<name>` stands for the subject that `name` learned.
 
 "<rex> on the moon"  with rex@3 (trigger "sks", class noun "dog")  →  "sks dog on the moon"
+
+An adapter that learned tokens answers to a word that is its own alone: two owners may call their
+subjects the same. Its trigger in a prompt is written as that word, so both of these mean the same:
+
+"<rex> on the moon", "a sks dog on the moon"  →  "adv_… dog on the moon", "a adv_… dog on the moon"
 """
 
 import re
@@ -14,22 +19,28 @@ NAME = re.compile(r"<([\w.-]+)>")
 
 @dataclass(frozen=True)
 class Subject:
-    """An adapter as prompts know it."""
+    """An adapter as prompts know it.
+
+    word: stands for the tokens it learned, if it learned any; else empty
+    phrase: how its subject is spoken of, of {trigger} and {class_noun}
+    """
 
     name: str
     trigger: str
     class_noun: str
+    word: str = ""
+    phrase: str = "{trigger} {class_noun}"
 
-    @property
-    def phrase(self) -> str:
-        return f"{self.trigger} {self.class_noun}"
+    def spoken(self) -> str:
+        return self.phrase.format(trigger=self.word or self.trigger, class_noun=self.class_noun)
 
 
 def bind(prompt: str, subjects: Sequence[Subject]) -> tuple[str, list[str]]:
     """The prompt for the text encoder, and warnings about adapters it does not speak to.
 
     Raises:
-        InvalidRequest: `<name>` of an adapter that is not in the request.
+        InvalidRequest: `<name>` of an adapter that is not in the request, or a trigger that
+            more than one of them answers to.
     """
     by_name = {subject.name: subject for subject in subjects}
     named = set(NAME.findall(prompt))
@@ -46,23 +57,40 @@ def bind(prompt: str, subjects: Sequence[Subject]) -> tuple[str, list[str]]:
                 for name in unknown
             ],
         )
-    bound = NAME.sub(lambda match: by_name[match[1]].phrase, prompt)
+    _refuse_ambiguous(prompt, subjects)
+    for subject in subjects:
+        if subject.word:
+            prompt = _mention(subject.trigger).sub(subject.word, prompt)
+    bound = NAME.sub(lambda match: by_name[match[1]].spoken(), prompt)
     return bound, _unheard(bound, named, subjects) + _alike(subjects)
+
+
+def _refuse_ambiguous(prompt: str, subjects: Sequence[Subject]) -> None:
+    """A bare trigger that a learned word shares with another subject could mean either."""
+    for subject in subjects:
+        others = [s.name for s in subjects if s.trigger.lower() == subject.trigger.lower()]
+        if subject.word and len(others) > 1 and _says(prompt, subject.trigger):
+            listed = " or ".join(f"<{name}>" for name in others)
+            raise InvalidRequest(
+                "The prompt does not say which subject is meant.",
+                [FieldProblem("prompt", f"{subject.trigger} may mean {listed}: write that")],
+            )
 
 
 def _unheard(bound: str, named: set[str], subjects: Sequence[Subject]) -> list[str]:
     return [
         f"The prompt does not mention {subject.name}, which learned its subject as "
-        f"“{subject.phrase}”: write <{subject.name}> where it should appear."
+        f"“{subject.phrase.format(trigger=subject.trigger, class_noun=subject.class_noun)}”: "
+        f"write <{subject.name}> where it should appear."
         for subject in subjects
-        if subject.name not in named and not _says(bound, subject.trigger)
+        if subject.name not in named and not _says(bound, subject.word or subject.trigger)
     ]
 
 
 def _alike(subjects: Sequence[Subject]) -> list[str]:
-    """Subjects of one trigger word are one word to the text encoder."""
+    """Subjects of one trigger word are one word to the text encoder, but for learned words."""
     by_trigger: dict[str, list[str]] = {}
-    for subject in subjects:
+    for subject in (s for s in subjects if not s.word):
         by_trigger.setdefault(subject.trigger.lower(), []).append(subject.name)
     return [
         f"{' and '.join(names)} share the trigger word “{trigger}”, so their subjects may mix: "
@@ -73,4 +101,9 @@ def _alike(subjects: Sequence[Subject]) -> list[str]:
 
 
 def _says(prompt: str, word: str) -> bool:
-    return re.search(rf"(?<!\w){re.escape(word)}(?!\w)", prompt, re.IGNORECASE) is not None
+    return _mention(word).search(prompt) is not None
+
+
+def _mention(word: str) -> re.Pattern[str]:
+    """The word as a whole, in any case, and not as `<word>`."""
+    return re.compile(rf"(?<![\w<]){re.escape(word)}(?![\w>])", re.IGNORECASE)

@@ -88,6 +88,8 @@ class PinnedAdapter(BaseModel):
     version: int
     digest: str
     scale: float
+    word: str = ""
+    """Stands in the bound prompt for the tokens the version learned, if it learned any."""
 
 
 class GenerateJob(BaseModel):

@@ -47,3 +47,29 @@ def test_subjects_of_one_trigger_word_may_mix_and_that_is_said() -> None:
     _, [warning] = bind("<rex> and <max>", [REX, Subject("max", "SKS", "cat")])
     assert "rex and max" in warning
     assert "sks" in warning
+
+
+ANN = Subject("ann", "sks", "doll", word="adv_1", phrase="{trigger}")
+BOB = Subject("bob", "sks", "car", word="adv_2")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "bound"),
+    [
+        ("<ann> in <bob>", "adv_1 in adv_2 car"),
+        ("<bob> alone, with <ann>", "adv_2 car alone, with adv_1"),
+    ],
+)
+def test_learned_words_of_one_trigger_do_not_meet(prompt: str, bound: str) -> None:
+    assert bind(prompt, [ANN, BOB]) == (bound, [])
+
+
+def test_a_learned_words_trigger_is_written_as_its_private_word() -> None:
+    assert bind("a SKS on tasks", [ANN]) == ("a adv_1 on tasks", [])
+
+
+@pytest.mark.parametrize("other", [BOB, REX])
+def test_a_bare_trigger_that_two_subjects_answer_to_is_refused(other: Subject) -> None:
+    with pytest.raises(InvalidRequest) as refused:
+        bind("a sks", [ANN, other])
+    assert f"<ann> or <{other.name}>" in refused.value.fields[0].message
