@@ -121,7 +121,13 @@ def _order(
         base_folder=base.folder,
         device=settings.device,
         adapters=tuple(
-            AdapterFile(adapter.ref, adapter.digest, blobs.path(adapter.digest), adapter.scale)
+            AdapterFile(
+                adapter.ref,
+                adapter.digest,
+                blobs.path(adapter.digest),
+                adapter.scale,
+                adapter.word,
+            )
             for adapter in request.adapters
         ),
         prompt=request.bound_prompt,
