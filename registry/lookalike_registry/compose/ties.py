@@ -24,8 +24,7 @@ def ties(deltas: Sequence[Tensor], weights: Sequence[float], *, density: float) 
     )
     elected = trimmed.sum(0).sign()
     agreeing = trimmed.sign() == elected
-    voters = (agreeing & (trimmed != 0)).sum(0)
-    return (trimmed * agreeing).sum(0) / voters.clamp(min=1)
+    return (trimmed * agreeing).sum(0) / agreeing.sum(0).clamp(min=1)
 
 
 def _trim(delta: Tensor, density: float) -> Tensor:
