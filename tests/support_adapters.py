@@ -54,15 +54,20 @@ def save_tiny_base(folder: Path, width: int = 32) -> Path:
     return folder
 
 
-def card(rank: int = 4, alpha: float = 8.0, *, text_encoder: bool = False) -> LoraCard:
+def card(
+    rank: int = 4, alpha: float = 8.0, *, text_encoder: bool = False, **shape: Any
+) -> LoraCard:
+    """A card of random weights; shape: further fields of the parts' `LoraShape`."""
+    shapes = {"unet": LoraShape(rank, alpha, UNET_TARGETS, **shape)}
+    if text_encoder:
+        shapes["text_encoder"] = LoraShape(rank, alpha, TEXT_TARGETS, **shape)
     return LoraCard(
         title="teapot",
         family="sd1",
         resolution=64,
         trigger="sks",
         prediction_type="epsilon",
-        unet=LoraShape(rank, alpha, UNET_TARGETS),
-        text_encoder=LoraShape(rank, alpha, TEXT_TARGETS) if text_encoder else None,
+        shapes=shapes,
     )
 
 
@@ -71,9 +76,7 @@ def random_lora(model: Any, shape: LoraShape, seed: int) -> dict[str, Any]:
     import torch
     from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 
-    inject_adapter_in_model(
-        LoraConfig(r=shape.rank, lora_alpha=shape.alpha, target_modules=list(shape.targets)), model
-    )
+    inject_adapter_in_model(LoraConfig(**shape.peft()), model)
     state = get_peft_model_state_dict(model)
     generator = torch.Generator().manual_seed(seed)
     for tensor in state.values():
@@ -85,5 +88,5 @@ def write_adapter(folder: Path, seed: int = 0, width: int = 32) -> Path:
     """An adapter file for `save_tiny_base`'s UNet; other seeds, other bytes."""
     made = card()
     path = folder / WEIGHTS_NAME
-    save_lora(path, random_lora(tiny_unet(width), made.unet, seed), None, made)
+    save_lora(path, {"unet": random_lora(tiny_unet(width), made.shapes["unet"], seed)}, made)
     return path

@@ -31,8 +31,8 @@ def finished_run(folder: Path, seed: int = 0) -> dict[str, Path]:
         f"{module}.lora_A.weight": torch.randn(2, 8, generator=generator),
         f"{module}.lora_B.weight": torch.randn(8, 2, generator=generator),
     }
-    card = LoraCard("teapot", "sd1", 64, "sks", "epsilon", LoraShape(2, 4.0, ("to_q",)))
-    save_lora(folder / WEIGHTS_NAME, state, None, card)
+    card = LoraCard("teapot", "sd1", 64, "sks", "epsilon", {"unet": LoraShape(2, 4.0, ("to_q",))})
+    save_lora(folder / WEIGHTS_NAME, {"unet": state}, card)
     (folder / GRID_NAME).write_bytes(b"a picture %d" % seed)
     return {name: folder / name for name in (WEIGHTS_NAME, GRID_NAME)}
 

@@ -5,6 +5,7 @@ import struct
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from lookalike_platform.errors import InvalidRequest
 from lookalike_registry.adapter_file import (
     WEIGHTS_NAME,
+    LoraCard,
     check_against_base,
     peft_configs,
     save_lora,
@@ -39,6 +41,14 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_adapter(tmp_path_factory.mktemp("adapter"))
 
 
+def states(made: LoraCard, unet: Any, text_encoder: Any) -> dict[str, dict[str, torch.Tensor]]:
+    """Random weights of the card's shapes in both models."""
+    return {
+        "unet": random_lora(unet, made.shapes["unet"], seed=1),
+        "text_encoder": random_lora(text_encoder, made.shapes["text_encoder"], seed=2),
+    }
+
+
 def rewritten(adapter: Path, folder: Path, change: object) -> Path:
     """A copy of the adapter whose tensors went through `change`."""
     assert callable(change)
@@ -49,11 +59,8 @@ def rewritten(adapter: Path, folder: Path, change: object) -> Path:
 
 def test_a_saved_adapter_computes_the_same_in_plain_diffusers(tmp_path: Path) -> None:
     made = card(rank=4, alpha=10.0, text_encoder=True)
-    assert made.text_encoder is not None
     unet, text_encoder = tiny_unet(), tiny_text_encoder()
-    unet_state = random_lora(unet, made.unet, seed=1)
-    text_state = random_lora(text_encoder, made.text_encoder, seed=2)
-    save_lora(tmp_path / WEIGHTS_NAME, unet_state, text_state, made)
+    save_lora(tmp_path / WEIGHTS_NAME, states(made, unet, text_encoder), made)
 
     pipeline = StableDiffusionPipeline(
         vae=None,
@@ -84,8 +91,8 @@ def test_a_saved_adapter_computes_the_same_in_plain_diffusers(tmp_path: Path) ->
 
 def test_saving_the_same_tensors_twice_gives_the_same_file(tmp_path: Path) -> None:
     made = card()
-    state = random_lora(tiny_unet(), made.unet, seed=3)
-    digests = {save_lora(tmp_path / f"{i}.safetensors", state, None, made) for i in range(5)}
+    state = {"unet": random_lora(tiny_unet(), made.shapes["unet"], seed=3)}
+    digests = {save_lora(tmp_path / f"{i}.safetensors", state, made) for i in range(5)}
     assert digests == {hashlib.sha256((tmp_path / "0.safetensors").read_bytes()).hexdigest()}
 
 
@@ -106,13 +113,7 @@ def test_an_adapter_of_this_base_passes_the_check(adapter: Path, base: Path) -> 
 
 def test_an_adapter_with_a_text_encoder_passes_the_check(tmp_path: Path, base: Path) -> None:
     made = card(text_encoder=True)
-    assert made.text_encoder is not None
-    save_lora(
-        tmp_path / WEIGHTS_NAME,
-        random_lora(tiny_unet(), made.unet, seed=1),
-        random_lora(tiny_text_encoder(), made.text_encoder, seed=2),
-        made,
-    )
+    save_lora(tmp_path / WEIGHTS_NAME, states(made, tiny_unet(), tiny_text_encoder()), made)
     assert any(
         "text_encoder" in name for name in check_against_base(tmp_path / WEIGHTS_NAME, base).tensors
     )

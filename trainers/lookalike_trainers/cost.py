@@ -11,7 +11,13 @@ from lookalike_platform.db.tables import Job
 from lookalike_platform.errors import FieldProblem, InvalidRequest
 from lookalike_platform.settings import Settings
 from lookalike_registry.adapter_file import base_shapes
-from lookalike_trainers.config import LoraConfig, TrainingConfig
+from lookalike_trainers.config import (
+    TARGET_GROUPS,
+    TEXT_ATTENTION,
+    LoraConfig,
+    TrainingConfig,
+    ends_in,
+)
 
 _FLOAT = 4  # bytes: trainables, gradients and optimiser state are float32
 _RECENT = 5
@@ -62,25 +68,25 @@ def preview(session: Session, base: Base, config: TrainingConfig, settings: Sett
 
 
 def _lora_parameters(shapes: dict[str, tuple[int, ...]], config: LoraConfig) -> int:
-    """A: [rank, in * kernel], B: [out, rank] for each targeted layer."""
-    text_targets = ("q_proj", "k_proj", "v_proj", "out_proj") if config.train_text_encoder else ()
-    total = 0
+    """A: [rank, in * kernel], B: [out, rank] a targeted layer, DoRA's m: [out]; token rows."""
+    text_targets = TEXT_ATTENTION if config.train_text_encoder else ()
+    total, tokens = 0, 0
     for name, shape in shapes.items():
         part, _, module = name.partition(".")
-        targets = config.targets if part == "unet" else text_targets
-        if len(shape) in (2, 4) and any(_ends(module, target) for target in targets):
-            total += config.rank * (math.prod(shape[1:]) + shape[0])
+        targets = config.target_modules if part == "unet" else text_targets
+        if len(shape) in (2, 4) and ends_in(module, targets):
+            own = (rank for end, rank in config.module_ranks.items() if ends_in(module, (end,)))
+            total += next(own, config.rank) * (math.prod(shape[1:]) + shape[0])
+            total += shape[0] if config.dora else 0
+        if module == "embeddings.token_embedding":
+            tokens += config.token_vectors * shape[1]
     if not total:
-        named = ", ".join(config.targets)
-        message = f"the base has no layers named {named}; attention is to_q, to_k, to_v, to_out.0"
+        named, groups = ", ".join(config.targets), ", ".join(TARGET_GROUPS)
+        message = f"the base has no layers named {named}; there are the groups {groups}"
         raise InvalidRequest(
             f"Nothing would train: {message}.", [FieldProblem("config.targets", message)]
         )
-    return total
-
-
-def _ends(module: str, target: str) -> bool:
-    return module == target or module.endswith(f".{target}")
+    return total + tokens
 
 
 def _samples_per_step(config: TrainingConfig, processes: int) -> int:
