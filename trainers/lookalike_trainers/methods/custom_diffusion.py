@@ -1,0 +1,106 @@
+"""Custom Diffusion (Kumari et al. 2023): what words mean to the picture, and one new word.
+
+Only the cross-attention's projections of the text c and the rows of the modifier token V* train:
+
+    K = W^k c,   V = W^v c        W^k: attn2.to_k, W^v: attn2.to_v, [out, in], dense
+
+The first text token begins every prompt, whatever is in it: its K and V pass no gradient on, as in
+the published code. V* starts from a rare word, and stands before the class noun.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lookalike_registry.tensor_file import ADAPTER_NAME, save_tensors
+from lookalike_trainers.config import CustomDiffusionConfig, TrainingConfig
+from lookalike_trainers.data import Batch
+from lookalike_trainers.denoiser import Denoiser, checkpoint_gradients
+from lookalike_trainers.methods.deltas import differences, wear_deltas
+from lookalike_trainers.methods.method import Card, TakeOff, Wearer
+from lookalike_trainers.methods.tokens import TokenRows, learn_rows, saved_rows, wear_words
+from lookalike_trainers.objective import weighted_mse
+
+NAME = "custom_diffusion"
+
+
+class CustomDiffusion:
+    """The method, holding a base's UNet with its text projections thawed."""
+
+    def __init__(self, parts: Any, config: CustomDiffusionConfig) -> None:
+        assert config.resolution is not None
+        self.config = config
+        unet = parts.take("unet")
+        text_encoders = parts.take("text_encoders") if config.reads_ids else []
+        self.weights = {f"unet.{name}.weight": p.weight for name, p in projections(unet).items()}
+        self.base = {name: weight.detach().clone() for name, weight in self.weights.items()}
+        for layer in projections(unet).values():
+            layer.weight.requires_grad_(True)
+            layer.register_forward_hook(_hold_first_token)
+        self.rows: list[TokenRows] = []
+        if config.token_vectors:
+            word = str(config.initializer)
+            self.rows = learn_rows(parts, text_encoders, config.trigger, word)
+        if config.gradient_checkpointing:
+            checkpoint_gradients(unet, text_encoders)
+        self.module = Denoiser(
+            unet,
+            text_encoders,
+            resolution=config.resolution,
+            bf16=config.mixed_precision == "bf16",
+        )
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        groups = [{"params": list(self.weights.values()), "lr": self.config.learning_rate}]
+        if self.rows:
+            rows = [layer.rows for layer in self.rows]
+            groups.append(
+                {"params": rows, "lr": self.config.token_learning_rate, "weight_decay": 0.0}
+            )
+        return groups
+
+    def loss(self, prediction: torch.Tensor, batch: Batch) -> torch.Tensor:
+        return weighted_mse(prediction, batch.target, batch.weight)
+
+    def save(self, folder: Path, card: Card) -> Path:
+        path = folder / ADAPTER_NAME
+        tensors = differences(self.weights, self.base) | saved_rows(self.rows)
+        save_tensors(path, NAME, tensors, {}, card.modelspec(NAME))
+        return path
+
+
+def build(parts: Any, config: TrainingConfig) -> CustomDiffusion:
+    assert isinstance(config, CustomDiffusionConfig)
+    return CustomDiffusion(parts, config)
+
+
+def wear(wearer: Wearer, file: Path, scale: float, word: str) -> TakeOff:
+    """W_base + scale * delta, and the word's rows, which know no scale."""
+    from safetensors.torch import load_file
+
+    tensors = load_file(file)
+    without_word = wear_words(wearer, tensors, word)
+    without_deltas = wear_deltas(wearer, tensors, scale)
+
+    def take_off() -> None:
+        without_deltas()
+        without_word()
+
+    return take_off
+
+
+def projections(unet: nn.Module) -> dict[str, Any]:
+    """The cross-attention's W^k and W^v by their names in the base."""
+    return {
+        name.removesuffix(".base_layer"): layer
+        for name, layer in unet.named_modules()
+        if name.removesuffix(".base_layer").endswith(("attn2.to_k", "attn2.to_v"))
+        and isinstance(layer, nn.Linear)
+    }
+
+
+def _hold_first_token(_: nn.Module, __: Any, keys: torch.Tensor) -> torch.Tensor:
+    """K or V [n, tokens, out] with the first token's cut off from the gradient."""
+    return torch.cat([keys[:, :1].detach(), keys[:, 1:]], dim=1)
