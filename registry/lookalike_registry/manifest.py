@@ -89,11 +89,20 @@ class Lineage(Section):
 
 
 class Evaluation(Section):
-    """Cosine similarities in [-1, 1]; None where a measure was not taken."""
+    """What the adapter reached; None where a measure was not taken.
+
+    The judge's names stand beside the figures, since other judges give other numbers. Subject
+    fidelity and prior drift are cosines in [-1, 1]; diversities 1 minus a cosine; prompt fidelity
+    is a cosine if CLIP judged, and a probability if the base did.
+    """
 
     subject_fidelity: float | None = None
     prompt_fidelity: float | None = None
     prior_drift: float | None = None
+    subject_diversity: float | None = None
+    class_diversity: float | None = None
+    subject_judge: str | None = None
+    prompt_judge: str | None = None
     sample_grid: str | None = None  # sha256
 
 
@@ -132,6 +141,8 @@ class Manifest(Section):
             "subject_fidelity": self.evaluation.subject_fidelity,
             "prompt_fidelity": self.evaluation.prompt_fidelity,
             "prior_drift": self.evaluation.prior_drift,
+            "subject_judge": self.evaluation.subject_judge,
+            "prompt_judge": self.evaluation.prompt_judge,
             "consent": self.policy.consent,
             "retention": self.policy.retention,
         }
