@@ -84,6 +84,8 @@ def run_request(work: Assignment, blobs: BlobStore, settings: Settings) -> RunRe
             for p in work.photos
         ],
         cache=settings.cache,
+        clip_encoder=settings.clip_encoder,
+        dino_encoder=settings.dino_encoder,
         device=settings.device,
         num_processes=config.num_processes or settings.num_processes,
         zero_stage=settings.zero_stage if config.zero_stage is None else config.zero_stage,
@@ -126,5 +128,5 @@ def manifest(work: Assignment, result: Path, attempts: int, settings: Settings) 
             zero_stage=request.zero_stage,
             attempts=attempts,
         ),
-        evaluation=Evaluation(sample_grid=summary["grid_sha256"]),
+        evaluation=Evaluation(sample_grid=summary["grid_sha256"], **summary["evaluation"]),
     )

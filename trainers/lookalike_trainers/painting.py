@@ -1,9 +1,7 @@
-"""Pictures that a base in memory paints, with an adapter on it or without. Torch."""
+"""Pictures that a base in memory paints, with whatever it wears. Torch."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib import import_module
-from pathlib import Path
 
 import torch
 from PIL import Image
@@ -11,8 +9,6 @@ from PIL import Image
 from lookalike_platform.diffusion import decode, denoise, noise
 from lookalike_platform.samplers import make_sampler
 from lookalike_trainers.base_parts import BaseParts
-from lookalike_trainers.config import METHODS
-from lookalike_trainers.methods.method import TakeOff, Wear
 
 _AT_ONCE = 8
 
@@ -24,18 +20,6 @@ class Style:
     sampler: str = "dpmsolver++"
     steps: int = 20
     guidance_scale: float = 4.0
-
-
-def put_on(parts: BaseParts, method: str, adapter: Path, word: str) -> TakeOff:
-    """Let a saved adapter act on the base as trained. Call what comes back to take it off again.
-
-    Args:
-        word: what prompts call the learned tokens, for methods that learn any.
-    """
-    info = next(m for m in METHODS if m.name == method)
-    module_name, function = info.wear.split(":")
-    wear: Wear = getattr(import_module(module_name), function)
-    return wear(parts, adapter, 1.0, word)
 
 
 def paint(

@@ -9,7 +9,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
@@ -19,8 +19,8 @@ from lookalike_platform.errors import LookalikeError
 from lookalike_platform.files import atomic_write, sha256_file
 from lookalike_platform.process import die_with_parent
 from lookalike_trainers.config import METHODS, RunRequest, TrainingConfig
+from lookalike_trainers.voice import Say, leave, speaker
 
-Say = Callable[[dict[str, Any]], None]
 LIBRARIES = ("torch", "diffusers", "transformers", "peft", "accelerate", "deepspeed")
 
 
@@ -28,20 +28,20 @@ def main() -> None:
     die_with_parent()
     folder = Path(sys.argv[1])
     rank = int(os.environ["RANK"])
-    say = _speaker(rank)
+    say = speaker(aloud=rank == 0)
     try:
         outcome = run(folder, say)
     except LookalikeError as error:
         say({"type": "error", "problem": error.problem(), **_where(error)})
         traceback.print_exc()
-        _leave(3)
+        leave(3)
     except Exception as error:
         if rank == 0:
             say({"type": "crash", "detail": f"{type(error).__name__}: {error}"})
         traceback.print_exc()
-        _leave(1)
+        leave(1)
     say({"type": "done", "outcome": outcome})
-    _leave(0)
+    leave(0)
 
 
 def run(folder: Path, say: Say) -> str:
@@ -61,10 +61,12 @@ def run(folder: Path, say: Say) -> str:
 
     from lookalike_trainers.base_parts import BaseParts
     from lookalike_trainers.engine import make_engine
+    from lookalike_trainers.evaluation.pretrained import check_encoders
     from lookalike_trainers.loop import train
     from lookalike_trainers.methods.find import builder_of
     from lookalike_trainers.prepare import prepare
 
+    check_encoders(request.clip_encoder, request.dino_encoder)  # before the work, not after it
     world = int(os.environ["WORLD_SIZE"])
     parts = BaseParts(request.base_folder, device)
     if config.token_vectors:
@@ -121,17 +123,19 @@ def _finish(
     say: Say,
 ) -> None:
     """Try the adapter, and write the result; `result.json` comes last and means all is there."""
-    from lookalike_trainers.evaluate import draw_samples
+    from lookalike_trainers.evaluation.finished import try_out
+    from lookalike_trainers.evaluation.scores import record
 
     result = adapter.parent
     lines = "".join(json.dumps(m) + "\n" for m in metrics)
     atomic_write(result / "metrics.jsonl", lines)
     say({"type": "stage", "stage": "evaluating"})
-    grid = draw_samples(request, config, adapter, device, say)
+    grid, figures = try_out(request, config, adapter, device)
     summary = {
         "weights": adapter.name,
         "weights_sha256": sha256_file(adapter),
         "grid_sha256": sha256_file(grid),
+        "evaluation": record(figures),
         "prior_digest": prior_digest,
         "final_loss": metrics[-1]["loss"],
         "libraries": {name: metadata.version(name) for name in LIBRARIES},
@@ -166,30 +170,10 @@ def _first_rank_first(folder: Path) -> Iterator[None]:
         through.touch()
 
 
-def _speaker(rank: int) -> Say:
-    """Rank 0's voice on the real standard output; libraries' prints go to standard error."""
-    lines = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)
-
-    def say(message: dict[str, Any]) -> None:
-        if rank == 0:
-            lines.write(json.dumps(message) + "\n")
-            lines.flush()
-
-    return say
-
-
 def _where(error: LookalikeError) -> dict[str, Any]:
     return {
         key: getattr(error, key) for key in ("step", "what", "checkpoint") if hasattr(error, key)
     }
-
-
-def _leave(code: int) -> None:
-    """End at once: taking down engines and process groups takes seconds and helps nobody."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,8 @@ from lookalike_trainers.evaluation.measures import prompt_fidelity
 from lookalike_trainers.evaluation.preprocessing import Preprocessing
 
 _AT_ONCE = 16
+_CLIP, _DINO = {"clip"}, {"vit", "dinov2"}
+"""Values of `model_type` in config.json."""
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -27,7 +29,7 @@ class Clip:
     """CLIP's two encoders: pictures and prompts in one space."""
 
     def __init__(self, folder: Path, device: torch.device) -> None:
-        _expect(folder, "CLIP", {"clip"})
+        _expect(folder, "CLIP", _CLIP)
         from transformers.models.clip.modeling_clip import CLIPModel
         from transformers.models.clip.tokenization_clip import CLIPTokenizer
 
@@ -77,7 +79,7 @@ class Dino:
     """DINO's or DINOv2's class token."""
 
     def __init__(self, folder: Path, device: torch.device) -> None:
-        kind = _expect(folder, "DINO", {"vit", "dinov2"})
+        kind = _expect(folder, "DINO", _DINO)
         self.name, self.digest = "dino", component_digest(folder)
         self._device = device
         self._preprocess = Preprocessing.read(folder)
@@ -127,6 +129,16 @@ def encoder_folder(name: str) -> Path:
             f"The encoder {name} is not in the hub's local cache: get it there with "
             f"`hf download {name}`, or name a folder."
         ) from None
+
+
+def check_encoders(clip_encoder: str | None, dino_encoder: str | None) -> None:
+    """Raises InvalidRequest or CapabilityMissing for an encoder that is named and not here, as
+    far as that can be said without loading it."""
+    for name, what, kinds in ((clip_encoder, "CLIP", _CLIP), (dino_encoder, "DINO", _DINO)):
+        if name:
+            folder = encoder_folder(name)
+            _expect(folder, what, kinds)
+            Preprocessing.read(folder)
 
 
 def _expect(folder: Path, what: str, kinds: set[str]) -> str:

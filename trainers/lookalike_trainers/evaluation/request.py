@@ -35,6 +35,15 @@ class EvaluationOptions(Strict):
     class_images: int = Field(default=4, ge=1, le=64)
     seed: int = Field(default=0, ge=0, lt=2**31)
 
+    @property
+    def seeds(self) -> range:
+        """Of each prompt's pictures."""
+        return range(self.seed, self.seed + self.images_per_prompt)
+
+    @property
+    def class_seeds(self) -> range:
+        return range(self.seed, self.seed + self.class_images)
+
     @model_validator(mode="after")
     def _not_too_many(self) -> Self:
         pictures = len(self.prompts) * self.images_per_prompt + self.class_images

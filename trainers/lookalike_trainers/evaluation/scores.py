@@ -86,6 +86,20 @@ def figures(scores: Scores) -> dict[str, dict[str, Any]]:
     }
 
 
+def record(figures: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """What a version's manifest keeps of figures: each mean, by the judge to go by."""
+    means = {
+        measure: next(iter(by_judge.values()))["mean"]
+        for measure, by_judge in figures.items()
+        if by_judge and measure != "real_resemblance"
+    }
+    return {
+        **means,
+        "subject_judge": next(iter(figures["subject_fidelity"])),
+        "prompt_judge": next(iter(figures["prompt_fidelity"])),
+    }
+
+
 def _of_encoder(
     encoder: ImageEncoder, real: Sequence[Image.Image], painted: Paintings
 ) -> dict[str, list[float]]:

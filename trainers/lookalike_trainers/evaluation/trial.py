@@ -1,4 +1,4 @@
-"""One adapter tried and judged, with its base in memory. Torch."""
+"""One adapter tried on its base in memory, and judged. Torch."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -8,49 +8,67 @@ from PIL import Image
 
 from lookalike_trainers.base_parts import BaseParts
 from lookalike_trainers.evaluation.encoders import open_judges
-from lookalike_trainers.evaluation.request import EvaluationRequest
+from lookalike_trainers.evaluation.request import EvaluationOptions, EvaluationRequest
 from lookalike_trainers.evaluation.scores import Paintings, figures, score
-from lookalike_trainers.painting import paint, put_on
+from lookalike_trainers.methods.find import wear_of
+from lookalike_trainers.painting import paint
+
+OnPicture = Callable[[int, int], object]
+"""Called with how many pictures of how many are painted; may raise to stop."""
 
 
 def evaluate(
-    request: EvaluationRequest,
-    parts: BaseParts,
-    on_picture: Callable[[int, int], object] = lambda done, total: None,
+    request: EvaluationRequest, parts: BaseParts, on_picture: OnPicture = lambda done, total: None
 ) -> dict[str, Any]:
-    """Paint what the request asks for, judge it, and give its figures (scores.py) as JSON.
-
-    Args:
-        on_picture: called with how many pictures of how many are painted; may raise to stop.
-    """
+    """Paint what the request asks for, judge it, and give its figures (scores.py) as JSON."""
     judges = open_judges(parts, request.clip_encoder, request.dino_encoder)
-    options, noun = request.options, request.class_noun
-    seeds = range(options.seed, options.seed + options.images_per_prompt)
-    class_seeds = range(options.seed, options.seed + options.class_images)
-    of_subject = len(options.prompts) * len(seeds)
-    total = of_subject + len(class_seeds)
+    painted = try_on(
+        parts,
+        request.method,
+        request.adapter,
+        request.trigger,
+        request.class_noun,
+        request.resolution,
+        request.options,
+        on_picture,
+    )
+    return figures(score(judges, read_photos(request.photos), painted))
 
-    take_off = put_on(parts, request.method, request.adapter, request.trigger)
-    called = f"{request.trigger} {noun}"
+
+def try_on(
+    parts: BaseParts,
+    method: str,
+    adapter: Path,
+    trigger: str,
+    class_noun: str,
+    resolution: int,
+    options: EvaluationOptions,
+    on_picture: OnPicture = lambda done, total: None,
+) -> Paintings:
+    """What an adapter paints. It is taken off afterwards: the base judges bare."""
+    of_subject = len(options.prompts) * options.images_per_prompt
+    total = of_subject + options.class_images
+    take_off = wear_of(method)(parts, adapter, 1.0, trigger)
+    called = f"{trigger} {class_noun}"
     painted = Paintings(
-        prompts=[prompt.format(subject=noun) for prompt in options.prompts],
+        prompts=[prompt.format(subject=class_noun) for prompt in options.prompts],
         of_subject=paint(
             parts,
             [prompt.format(subject=called) for prompt in options.prompts],
-            seeds,
-            request.resolution,
+            options.seeds,
+            resolution,
             on_picture=lambda done: on_picture(done, total),
         ),
         of_class=paint(
             parts,
-            [f"a {noun}"],
-            class_seeds,
-            request.resolution,
+            [f"a {class_noun}"],
+            options.class_seeds,
+            resolution,
             on_picture=lambda done: on_picture(of_subject + done, total),
         )[0],
     )
-    take_off()  # the base judges bare
-    return figures(score(judges, read_photos(request.photos), painted))
+    take_off()
+    return painted
 
 
 def read_photos(paths: Sequence[Path]) -> list[Image.Image]:
