@@ -4,6 +4,7 @@ Defaults are those that learn a subject on the bundled 64-pixel base in about a 
 cores; for SD 1.5-sized bases the usual values are in each field's note.
 """
 
+from collections.abc import Collection
 from pathlib import Path
 from string import Formatter
 from typing import Annotated, Literal, Self
@@ -27,6 +28,15 @@ class PriorConfig(Strict):
     seed: int = Field(default=0, ge=0, lt=2**32)
 
 
+class OutputPreservationConfig(Strict):
+    """Differential output preservation: what the base says of the class stays, without images.
+
+    lambda * MSE(tuned(x_t, class caption), base(x_t, class caption)) on the photos' own x_t.
+    """
+
+    weight: float = Field(default=1.0, gt=0)
+
+
 class TrainingConfig(Strict):
     """Options shared by all methods."""
 
@@ -48,6 +58,10 @@ class TrainingConfig(Strict):
     train_text_encoder: bool = False
     caption_dropout: float = Field(default=0.05, ge=0, le=1)
     random_flip: bool = False
+    crops: int = Field(default=0, ge=0, le=64)  # of each photo, besides its middle
+    aspect_buckets: bool = False  # photos keep their shape; else squares are cut from them
+    masked_loss: bool = False  # a photo's transparent parts are not learned
+    noise_offset: float = Field(default=0.0, ge=0, le=1)  # Mix-of-Show: 0.01
     min_snr_gamma: float | None = Field(default=5.0, gt=0)  # Hang et al. 2023; None: plain MSE
     mixed_precision: Literal["no", "bf16"] = "no"
     gradient_checkpointing: bool = False
@@ -57,6 +71,7 @@ class TrainingConfig(Strict):
     num_processes: int | None = Field(default=None, ge=1, le=64)  # None: the operator's setting
     zero_stage: int | None = Field(default=None, ge=0, le=3)  # None: the operator's setting
     prior: PriorConfig | None = None
+    output_preservation: OutputPreservationConfig | None = None  # instead of `prior`
 
     @property
     def reads_ids(self) -> bool:
@@ -83,17 +98,65 @@ class TrainingConfig(Strict):
             raise ValueError("prompt: write {trigger} in it, the word the subject is to answer to")
         return self
 
+    @model_validator(mode="after")
+    def _one_way_to_keep_the_class(self) -> Self:
+        if self.prior and self.output_preservation:
+            raise ValueError("output_preservation: leave it out or leave out prior, not both")
+        return self
+
 
 UNET_ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+TEXT_ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj")
+TARGET_GROUPS = {
+    "attention": UNET_ATTENTION,
+    "feed_forward": ("ff.net.0.proj", "ff.net.2"),
+    "convolution": ("conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv"),
+}
+"""Layers of the UNet by what they are for; each name is how a module's own name ends."""
 TargetName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.]+$", max_length=100)]
 
 
 class LoraConfig(TrainingConfig):
-    """LoRA (Hu et al. 2021): W' = W + (alpha / rank) B A on the UNet's attention."""
+    """LoRA (Hu et al. 2021): W' = W + (alpha / rank) B A on layers of the UNet.
+
+    With `train_text_encoder` also on the text encoders' attention; with `prior` it is
+    DreamBooth-LoRA; with `token_vectors` pivotal tuning.
+    """
 
     rank: int = Field(default=8, ge=1, le=256)
     alpha: float | None = Field(default=None, gt=0)  # None: equal to the rank
-    targets: tuple[TargetName, ...] = Field(default=UNET_ATTENTION, min_length=1)
+    targets: tuple[TargetName, ...] = Field(default=("attention",), min_length=1)
+    ranks: dict[TargetName, Annotated[int, Field(ge=1, le=256)]] = Field(default_factory=dict)
+    rslora: bool = False  # alpha / sqrt(rank): Kalajdzievski 2023
+    dora: bool = False  # Liu et al. 2024
+
+    @property
+    def target_modules(self) -> tuple[str, ...]:
+        """How the names of the UNet's targeted modules end."""
+        return tuple(dict.fromkeys(name for target in self.targets for name in in_group(target)))
+
+    @property
+    def module_ranks(self) -> dict[str, int]:
+        """How a module's name ends → its rank, where it is not `rank`."""
+        return {name: rank for target, rank in self.ranks.items() for name in in_group(target)}
+
+
+def in_group(target: str) -> tuple[str, ...]:
+    """The names a target stands for: a group's, or itself."""
+    return TARGET_GROUPS.get(target, (target,))
+
+
+def ends_in(module: str, names: Collection[str]) -> bool:
+    """Whether a module's name is one of the names or ends in it after a dot."""
+    return any(module == name or module.endswith(f".{name}") for name in names)
+
+
+class CustomDiffusionConfig(TrainingConfig):
+    """Custom Diffusion (Kumari et al. 2023): the cross-attention's K and V, and one new word."""
+
+    learning_rate: float = Field(default=1e-4, gt=0, le=1)  # SD 1.5: 1e-5 x images in a step
+    token_vectors: int = Field(default=1, ge=0, le=16)
+    train_text_encoder: Literal[False] = False
 
 
 class MethodInfo(BaseModel):
@@ -109,10 +172,17 @@ class MethodInfo(BaseModel):
 METHODS = [
     MethodInfo(
         name="lora",
-        summary="Low-rank adapters on the UNet's attention, optionally the text encoder's.",
+        summary="Low-rank adapters in the UNet, optionally the text encoders; small files.",
         config=LoraConfig,
         entry="lookalike_trainers.methods.lora:build",
         wear="lookalike_trainers.methods.lora:wear",
+    ),
+    MethodInfo(
+        name="custom_diffusion",
+        summary="The UNet's cross-attention keys and values, and a new word.",
+        config=CustomDiffusionConfig,
+        entry="lookalike_trainers.methods.custom_diffusion:build",
+        wear="lookalike_trainers.methods.custom_diffusion:wear",
     ),
 ]
 
