@@ -1,6 +1,7 @@
 """A run's luck depends on the seed, the step and the place in it, and on nothing else."""
 
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,8 +10,8 @@ import torch
 from lookalike_datasets.features.latents import Moments
 from lookalike_platform.conditioning import Text
 from lookalike_trainers.config import LoraConfig, PriorConfig
-from lookalike_trainers.data import Batch, Images, TrainingData
-from lookalike_trainers.draws import Draw, draw
+from lookalike_trainers.data import Batch, Bucket, TrainingData, View
+from lookalike_trainers.draws import Draw, bucket_turn, draw
 from lookalike_trainers.objective import NoiseSchedule
 
 PHOTOS, CLASS_IMAGES = 3, 5
@@ -18,11 +19,11 @@ PHOTOS, CLASS_IMAGES = 3, 5
 
 def one(step: int = 0, place: int = 0, seed: int = 0, **changes: Any) -> Draw:
     options: dict[str, Any] = {
-        "global_batch": 4,
+        "position": step * 4 + place,
         "photos": PHOTOS,
-        "flips": 2,
         "timesteps": 1000,
         "caption_dropout": 0.5,
+        "noise_offset": 0.0,
         "shape": (4, 8, 8),
         "of": "instance",
     }
@@ -30,14 +31,15 @@ def one(step: int = 0, place: int = 0, seed: int = 0, **changes: Any) -> Draw:
 
 
 def data(**config: Any) -> TrainingData:
-    def images(count: int) -> Images:
-        moments = Moments(torch.randn(count, 4, 8, 8), torch.rand(count, 4, 8, 8), flips=1)
-        return Images(moments, captions=[1] * count)
+    def images(count: int) -> list[list[View]]:
+        return [[view()] for _ in range(count)]
+
+    def view() -> View:
+        return View(Moments(torch.randn(4, 8, 8), torch.rand(4, 8, 8)), caption=1)
 
     torch.manual_seed(0)
     return TrainingData(
-        instance=images(PHOTOS),
-        prior=images(CLASS_IMAGES),
+        buckets=[Bucket(images(PHOTOS), images(CLASS_IMAGES))],
         texts=Text(torch.randn(2, 6, 8)),
         schedule=NoiseSchedule(torch.linspace(0.99, 0.01, 1000), "epsilon"),
         scaling_factor=0.5,
@@ -82,14 +84,14 @@ def test_noise_and_the_encoders_noise_are_independent_unit_gaussians() -> None:
     assert (noise * posterior).mean().abs() < 0.02
 
 
-def test_timesteps_flips_and_dropped_captions_come_at_their_rates() -> None:
+def test_timesteps_views_and_dropped_captions_come_at_their_rates() -> None:
     draws = [one(batch, place, shape=(1, 1, 1)) for batch in range(500) for place in range(4)]
     timesteps = torch.tensor([float(d.timestep) for d in draws])
     assert timesteps.min() >= 0
     assert timesteps.max() < 1000
     assert abs(timesteps.mean() - 499.5) < 25
     assert abs(sum(d.drop_caption for d in draws) / len(draws) - 0.5) < 0.05
-    assert abs(sum(d.view % 2 for d in draws) / len(draws) - 0.5) < 0.05
+    assert abs(sum(d.look >= 0.5 for d in draws) / len(draws) - 0.5) < 0.05
 
 
 def test_captions_are_never_dropped_at_rate_0_and_always_at_rate_1() -> None:
@@ -99,7 +101,7 @@ def test_captions_are_never_dropped_at_rate_0_and_always_at_rate_1() -> None:
 
 def test_every_photo_comes_once_before_any_comes_twice() -> None:
     """Four places a batch over three photos: a round of photos goes on into the next batch."""
-    order = [one(batch, place, flips=1).view for batch in range(3) for place in range(4)]
+    order = [one(batch, place).photo for batch in range(3) for place in range(4)]
     for start in range(0, 12, PHOTOS):
         assert sorted(order[start : start + PHOTOS]) == [0, 1, 2]
     assert Counter(order) == {0: 4, 1: 4, 2: 4}
@@ -130,16 +132,69 @@ def test_a_dropped_caption_is_the_empty_prompt() -> None:
 
 
 def test_without_noise_in_the_encoder_latents_are_its_scaled_means() -> None:
-    exact = data()
-    exact.instance.moments.std.zero_()
-    clean = TrainingData(
-        exact.instance,
-        None,
-        exact.texts,
-        NoiseSchedule(torch.ones(1000), "epsilon"),
-        exact.scaling_factor,
-        exact.config,
+    random = data()
+    exact = [
+        [replace(v, moments=replace(v.moments, std=torch.zeros(4, 8, 8))) for v in views]
+        for views in random.buckets[0].photos
+    ]
+    clean = replace(
+        random,
+        buckets=[Bucket(exact, [])],
+        schedule=NoiseSchedule(torch.ones(1000), "epsilon"),
+        config=LoraConfig(),
     )
-    means = exact.instance.moments.mean * exact.scaling_factor
+    means = [view.moments.mean * clean.scaling_factor for (view,) in exact]
     for latent in clean.batch(0, 0, 0, 1).noisy:
         assert any(torch.equal(latent, mean) for mean in means)
+
+
+def test_a_noise_offset_moves_whole_channels_and_nothing_else_of_the_draw() -> None:
+    plain, moved = one(), one(noise_offset=0.3)
+    offset = moved.noise - plain.noise
+    torch.testing.assert_close(offset, offset.mean((1, 2), keepdim=True).expand_as(offset))
+    assert torch.equal(moved.posterior, plain.posterior)
+    assert (moved.timestep, moved.photo, moved.look) == (plain.timestep, plain.photo, plain.look)
+    shifts = [one(n, noise_offset=0.3).noise - one(n).noise for n in range(200)]
+    spread = torch.stack(shifts)[:, :, 0, 0].std()
+    assert abs(spread - 0.3) < 0.03
+
+
+def test_steps_are_of_one_bucket_each_and_photos_of_all_come_equally_often() -> None:
+    photos = [3, 1, 2]
+    turns = [bucket_turn(7, step, photos) for step in range(24)]
+    for start in range(0, 24, 6):
+        seen = [bucket for bucket, _ in turns[start : start + 6]]
+        assert Counter(seen) == {0: 3, 1: 1, 2: 2}
+    for bucket in range(3):
+        assert [turn for b, turn in turns if b == bucket] == list(range(4 * photos[bucket]))
+    assert [b for b, _ in turns] != sorted(b for b, _ in turns)
+
+
+def test_a_batch_shows_the_photos_of_its_bucket_in_their_shape() -> None:
+    def photo(height: int, width: int) -> list[View]:
+        return [View(Moments(torch.randn(4, height, width), torch.rand(4, height, width)), 1)]
+
+    wide, tall = [photo(6, 10) for _ in range(2)], [photo(10, 6)]
+    bucketed = replace(data(), buckets=[Bucket(wide, []), Bucket(tall, [])], config=LoraConfig())
+    shapes = [tuple(bucketed.batch(step, 0, 0, 1).noisy.shape[2:]) for step in range(6)]
+    assert Counter(shapes) == {(6, 10): 4, (10, 6): 2}
+    whole = bucketed.batch(3, 0, rank=0, world=1)
+    halves = replace(bucketed, config=LoraConfig(batch_size=2))
+    shared = [halves.batch(3, 0, rank, world=2).noisy for rank in (0, 1)]
+    assert torch.equal(torch.cat(shared), whole.noisy)
+
+
+def test_masks_go_with_their_views_and_whole_ones_with_the_rest() -> None:
+    mask = torch.rand(1, 8, 8)
+    plain = data()
+    (first,), *others = plain.buckets[0].photos
+    masked = [[replace(first, moments=replace(first.moments, mask=mask))], *others]
+    assert plain.batch(0, 0, 0, 1).mask is None
+    whole = replace(plain, buckets=[Bucket(masked, plain.buckets[0].class_images)])
+    found = whole.batch(0, 0, 0, 1).mask
+    assert found is not None
+    assert found.shape == (8, 1, 8, 8)
+    chosen = [one(0, place).photo for place in range(4)]
+    for place, photo in enumerate(chosen):
+        assert torch.equal(found[place], mask if photo == 0 else torch.ones(1, 8, 8))
+    assert torch.equal(found[4:], torch.ones(4, 1, 8, 8))

@@ -90,6 +90,39 @@ def test_loss_and_gradient_weigh_both_terms_sample_by_sample(
     torch.testing.assert_close(prediction.grad, expected, rtol=1e-6, atol=1e-9)
 
 
+def test_a_masked_error_is_the_mean_over_what_the_mask_shows() -> None:
+    """Kumari et al. 2023: sum(m e) / sum(m), here of each sample and weighed as without a mask."""
+    generator = torch.Generator().manual_seed(2)
+    prediction, target = torch.randn((2, 3, 2, 4, 4), generator=generator, dtype=torch.float64)
+    mask = torch.rand((3, 1, 4, 4), generator=generator, dtype=torch.float64).round()
+    mask[1] = 1
+    weight = torch.tensor([0.5, 0.2, 2.0], dtype=torch.float64)
+    loss = weighted_mse(prediction, target, weight, mask)
+    expected = 0.0
+    for i in range(3):
+        shown = [
+            float(prediction[i, c, y, x] - target[i, c, y, x]) ** 2
+            for c in range(2)
+            for y in range(4)
+            for x in range(4)
+            if mask[i, 0, y, x]
+        ]
+        expected += float(weight[i]) * sum(shown) / len(shown)
+    assert float(loss) == pytest.approx(expected, rel=1e-6)
+    whole = weighted_mse(prediction, target, weight, torch.ones_like(mask))
+    torch.testing.assert_close(whole, weighted_mse(prediction, target, weight))
+
+
+def test_a_sample_of_which_the_mask_shows_nothing_has_no_error() -> None:
+    prediction = torch.ones(1, 2, 3, 3, requires_grad=True)
+    empty = torch.zeros(1, 1, 3, 3)
+    loss = weighted_mse(prediction, torch.zeros(1, 2, 3, 3), torch.ones(1), empty)
+    loss.backward()
+    assert loss == 0
+    assert prediction.grad is not None
+    assert prediction.grad.count_nonzero() == 0
+
+
 def test_a_prediction_type_that_is_not_known_is_refused_by_name() -> None:
     scheduler = SimpleNamespace(
         config=SimpleNamespace(prediction_type="sample"), alphas_cumprod=ALPHAS

@@ -116,18 +116,18 @@ def losses_of_a_textbook_loop(folder: Path) -> list[float]:
         luck = [
             draw(
                 *(0, step, place),
-                global_batch=4,
+                position=4 * step + place,
                 photos=3,
-                flips=1,
                 timesteps=1000,
                 caption_dropout=0.3,
+                noise_offset=0.0,
                 shape=(4, 16, 16),
                 of="instance",
             )
             for place in range(4)
         ]
         with torch.no_grad():
-            posterior = vae.encode(torch.stack([photos[d.view] for d in luck])).latent_dist
+            posterior = vae.encode(torch.stack([photos[d.photo] for d in luck])).latent_dist
         latents = posterior.mean + posterior.std * torch.stack([d.posterior for d in luck])
         latents = latents * vae.config.scaling_factor
         noise = torch.stack([d.noise for d in luck])

@@ -1,7 +1,7 @@
 import pytest
 
 from lookalike_trainers.config import LoraConfig, PriorConfig
-from lookalike_trainers.prompts import class_prompt, instance_caption
+from lookalike_trainers.prompts import class_caption, class_prompt, instance_caption
 
 
 @pytest.mark.parametrize(
@@ -43,3 +43,17 @@ def test_a_prompt_without_the_trigger_is_refused() -> None:
 def test_class_images_have_the_plain_noun_unless_told_otherwise() -> None:
     assert class_prompt(LoraConfig(prior=PriorConfig()), "dog") == "a dog"
     assert class_prompt(LoraConfig(prior=PriorConfig(prompt="a puppy")), "dog") == "a puppy"
+
+
+@pytest.mark.parametrize(
+    ("caption", "expected"),
+    [
+        ("a sks cat", "a cat"),
+        ("a sks  cat asleep on a sofa", "a cat asleep on a sofa"),
+        ("sks cat, two cats", "cat, two cats"),
+        ("a painting of SKS", "a painting of cat"),
+        ("sks caterpillars and a masks shop", "cat caterpillars and a masks shop"),
+    ],
+)
+def test_the_class_has_the_same_caption_without_the_trigger(caption: str, expected: str) -> None:
+    assert class_caption(caption, LoraConfig(), "cat") == expected

@@ -27,8 +27,9 @@ _RECENT = 5
 class Cost:
     """The preview. Bytes and seconds; seconds are None until a run on this base has finished here.
 
-    state_bytes: base weights of the denoiser, trainables, their gradients and AdamW's two moments;
-        activations, which grow with batch_size and resolution, come on top.
+    state_bytes: base weights of the denoiser (twice where the base's output is preserved),
+        trainables, their gradients and AdamW's two moments; activations, which grow with batch_size
+        and resolution, come on top.
     """
 
     trainable_parameters: int
@@ -51,6 +52,8 @@ def preview(session: Session, base: Base, config: TrainingConfig, settings: Sett
     shapes = base_shapes(base.folder)
     trainable = _lora_parameters(shapes, config) if isinstance(config, LoraConfig) else 0
     unet = sum(math.prod(s) for name, s in shapes.items() if name.startswith("unet."))
+    if config.output_preservation:
+        unet *= 2
     processes = config.num_processes or settings.num_processes
     per_step = _samples_per_step(config, processes)
     rate, source = _samples_per_second(session, base, settings)
@@ -91,7 +94,7 @@ def _lora_parameters(shapes: dict[str, tuple[int, ...]], config: LoraConfig) -> 
 
 def _samples_per_step(config: TrainingConfig, processes: int) -> int:
     photos = config.batch_size * config.gradient_accumulation_steps * processes
-    return photos * 2 if config.prior else photos
+    return photos * 2 if config.prior or config.output_preservation else photos
 
 
 def _samples_per_second(

@@ -1,22 +1,24 @@
 """Batches of a run, made from cached latents and text features. Torch."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 
 import torch
 
 from lookalike_datasets.features.latents import Moments
 from lookalike_platform.conditioning import Text
 from lookalike_trainers.config import TrainingConfig
-from lookalike_trainers.draws import Draw, draw
+from lookalike_trainers.denoiser import Denoiser
+from lookalike_trainers.draws import Draw, bucket_turn, draw
 from lookalike_trainers.objective import NoiseSchedule
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One rank's share of a step: instance samples first, then class samples.
+    """One rank's share of a step: instance samples first, then as many that preserve the class.
 
     noisy, target: [n, c, h, w]; timesteps, weight: [n]; text: features, or ids
-    [n, encoders, tokens] where something in the text encoders trains.
+    [n, encoders, tokens] where something in the text encoders trains; mask: [n, 1, h, w], how much
+    each place counts in the loss, or None for all alike.
     """
 
     noisy: torch.Tensor
@@ -24,74 +26,166 @@ class Batch:
     text: Text | torch.Tensor
     target: torch.Tensor
     weight: torch.Tensor
+    mask: torch.Tensor | None = None
 
     def to(self, device: torch.device) -> "Batch":
-        return Batch(**{field.name: getattr(self, field.name).to(device) for field in fields(self)})
+        moved = {name: value.to(device) for name, value in vars(self).items() if value is not None}
+        return replace(self, **moved)
 
 
 @dataclass(frozen=True)
-class Images:
-    """Photos or class images. `captions`: for each photo, its row of the text table."""
+class View:
+    """One way to see a photo, or a class image, with the rows of its texts.
+
+    class_caption: of the caption with the class noun for the subject, where that is needed.
+    """
 
     moments: Moments
-    captions: list[int]
+    caption: int
+    class_caption: int = 0
+
+
+Sample = tuple[View, Draw]
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Photos, and class images, of one shape: the views of each."""
+
+    photos: list[list[View]]
+    class_images: list[list[View]]
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The frozen base, for what it would say of a sample. texts: features by row."""
+
+    base: Denoiser
+    texts: Text
+
+    def predict(
+        self, noisy: torch.Tensor, timesteps: torch.Tensor, rows: list[int]
+    ) -> torch.Tensor:
+        """[n, c, h, w] on the CPU of noisy latents, timesteps and rows of `texts`."""
+        device = next(self.base.parameters()).device
+        with torch.no_grad():
+            text = self.texts[rows].to(device)
+            return self.base(noisy.to(device), timesteps.to(device), text).float().cpu()
 
 
 @dataclass(frozen=True)
 class TrainingData:
-    """Everything a step needs. `texts`: table of features or ids; row 0 is the empty prompt."""
+    """Everything a step needs. `texts`: table of features or ids; row 0 is the empty prompt.
 
-    instance: Images
-    prior: Images | None
+    reference: where the base's output is preserved.
+    """
+
+    buckets: list[Bucket]
     texts: Text | torch.Tensor
     schedule: NoiseSchedule
     scaling_factor: float
     config: TrainingConfig
+    reference: Reference | None = None
 
     def batch(self, step: int, micro: int, rank: int, world: int) -> Batch:
-        """This rank's share of the step's micro-batch number `micro`."""
-        size = self.config.batch_size
-        first = (micro * world + rank) * size
-        places = range(first, first + size)
-        global_batch = size * world * self.config.gradient_accumulation_steps
-        samples = self._samples(self.instance, step, places, global_batch, "instance")
-        weights = [1 / size] * size
-        if self.prior and self.config.prior:
-            samples += self._samples(self.prior, step, places, global_batch, "class")
-            weights += [self.config.prior.weight / size] * size
+        """This rank's share of the step's micro-batch number `micro`; all of it of one bucket."""
+        config = self.config
+        first = (micro * world + rank) * config.batch_size
+        places = range(first, first + config.batch_size)
+        global_batch = config.batch_size * world * config.gradient_accumulation_steps
+        number, turn = bucket_turn(config.seed, step, [len(b.photos) for b in self.buckets])
+        bucket = self.buckets[number]
+        samples = self._samples(bucket.photos, step, turn * global_batch, places, "instance")
+        batch = self._batch(samples)
+        if config.prior:
+            of_class = self._samples(
+                bucket.class_images, step, step * global_batch, places, "class"
+            )
+            return side_by_side(batch, self._batch(of_class), config.prior.weight)
+        if config.output_preservation:
+            preserved = self._preserved(batch, [view.class_caption for view, _ in samples])
+            return side_by_side(batch, preserved, config.output_preservation.weight)
+        return batch
 
-        latents = torch.stack([latent for latent, _, _ in samples]) * self.scaling_factor
-        noise = torch.stack([drawn.noise for _, drawn, _ in samples])
-        timesteps = torch.tensor([drawn.timestep for _, drawn, _ in samples])
-        rows = [0 if drawn.drop_caption else row for _, drawn, row in samples]
+    def _samples(
+        self, photos: list[list[View]], step: int, start: int, places: range, of: str
+    ) -> list[Sample]:
+        """What each place of the step learns; `start`: places that earlier steps have filled."""
+        samples = []
+        for place in places:
+            luck = draw(
+                self.config.seed,
+                step,
+                place,
+                position=start + place,
+                photos=len(photos),
+                timesteps=self.schedule.timesteps,
+                caption_dropout=self.config.caption_dropout,
+                noise_offset=self.config.noise_offset,
+                shape=tuple(photos[0][0].moments.mean.shape),
+                of=of,
+            )
+            views = photos[luck.photo]
+            samples.append((views[int(luck.look * len(views))], luck))
+        return samples
+
+    def _batch(self, samples: list[Sample]) -> Batch:
+        """Samples as they are to be learned; their weights are those of a mean over them."""
+        clean = torch.stack(
+            [view.moments.mean + view.moments.std * luck.posterior for view, luck in samples]
+        )
+        latents = clean * self.scaling_factor
+        noise = torch.stack([luck.noise for _, luck in samples])
+        timesteps = torch.tensor([luck.timestep for _, luck in samples])
+        rows = [0 if luck.drop_caption else view.caption for view, luck in samples]
+        weight = self.schedule.weight(timesteps, self.config.min_snr_gamma)
         return Batch(
             noisy=self.schedule.noised(latents, noise, timesteps),
             timesteps=timesteps,
             text=self.texts[rows],
             target=self.schedule.target(latents, noise, timesteps),
-            weight=torch.tensor(weights)
-            * self.schedule.weight(timesteps, self.config.min_snr_gamma),
+            weight=weight / len(samples),
+            mask=_masks([view.moments for view, _ in samples]),
         )
 
-    def _samples(
-        self, images: Images, step: int, places: range, global_batch: int, of: str
-    ) -> list[tuple[torch.Tensor, Draw, int]]:
-        """(latent drawn from the encoder's Gaussian, luck, text row) of each place."""
-        moments = images.moments
-        samples = []
-        for place in places:
-            drawn = draw(
-                self.config.seed,
-                step,
-                place,
-                global_batch=global_batch,
-                photos=len(images.captions),
-                flips=moments.flips,
-                timesteps=self.schedule.timesteps,
-                caption_dropout=self.config.caption_dropout,
-                shape=tuple(moments.mean.shape[1:]),
-                of=of,
-            )
-            latent = moments.mean[drawn.view] + moments.std[drawn.view] * drawn.posterior
-            samples.append((latent, drawn, images.captions[drawn.view // moments.flips]))
-        return samples
+    def _preserved(self, batch: Batch, rows: list[int]) -> Batch:
+        """The same noisy latents, told of the class: what the base says of them is to stay.
+
+        Differential output preservation: MSE(eps_tuned(x_t, class), eps_base(x_t, class)).
+        """
+        assert self.reference is not None
+        target = self.reference.predict(batch.noisy, batch.timesteps, rows)
+        return replace(batch, text=self.texts[rows], target=target, mask=None)
+
+
+def side_by_side(batch: Batch, other: Batch, weight: float) -> Batch:
+    """One batch of both, the other's samples weighing `weight` times as much."""
+    mask = None
+    if batch.mask is not None or other.mask is not None:
+        mask = torch.cat([_whole_mask(batch), _whole_mask(other)])
+    if isinstance(batch.text, Text):
+        assert isinstance(other.text, Text)
+        text: Text | torch.Tensor = Text.cat([batch.text, other.text])
+    else:
+        assert isinstance(other.text, torch.Tensor)
+        text = torch.cat([batch.text, other.text])
+    return Batch(
+        noisy=torch.cat([batch.noisy, other.noisy]),
+        timesteps=torch.cat([batch.timesteps, other.timesteps]),
+        text=text,
+        target=torch.cat([batch.target, other.target]),
+        weight=torch.cat([batch.weight, other.weight * weight]),
+        mask=mask,
+    )
+
+
+def _masks(moments: list[Moments]) -> torch.Tensor | None:
+    if all(of.mask is None for of in moments):
+        return None
+    return torch.stack(
+        [torch.ones_like(of.mean[:1]) if of.mask is None else of.mask for of in moments]
+    )
+
+
+def _whole_mask(batch: Batch) -> torch.Tensor:
+    return torch.ones_like(batch.noisy[:, :1]) if batch.mask is None else batch.mask

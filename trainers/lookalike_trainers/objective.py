@@ -65,13 +65,22 @@ class NoiseSchedule:
 
 
 def weighted_mse(
-    prediction: torch.Tensor, target: torch.Tensor, weight: torch.Tensor
+    prediction: torch.Tensor,
+    target: torch.Tensor,
+    weight: torch.Tensor,
+    mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """sum_i w_i mean((prediction_i - target_i)^2), a scalar; weight: [n].
 
     With weights 1/n it is the plain MSE. With prior preservation (Ruiz et al. 2023, eq. 2) the n
     instance samples weigh 1/n each and the m class samples lambda/m: one batch, one forward.
     Weighting comes before the reduction, so min-SNR acts on both terms alike.
+
+    With a mask [n, 1, h, w] the mean is over what it shows: sum(m e) / sum(m) of each sample
+    (Kumari et al. 2023); a sample of which it shows nothing has no error.
     """
-    error = (prediction.float() - target.float()).square().flatten(1).mean(1)
-    return (weight * error).sum()
+    error = (prediction.float() - target.float()).square()
+    if mask is None:
+        return (weight * error.flatten(1).mean(1)).sum()
+    shown = mask.expand_as(error).flatten(1)
+    return (weight * (shown * error.flatten(1)).sum(1) / shown.sum(1).clamp(min=1e-6)).sum()

@@ -5,21 +5,26 @@ Rank 0 fills the caches while the others wait; then all read the same files.
 
 import json
 from collections.abc import Callable
+from itertools import chain
 from typing import Any
 
 import torch
 
 from lookalike_datasets.features.cache import component_digest
-from lookalike_datasets.features.latents import Moments, photo_moments
+from lookalike_datasets.features.latents import Moments, moments
 from lookalike_datasets.features.prior import PriorImages, PriorRequest, prior_images
 from lookalike_datasets.features.text import text_features
+from lookalike_datasets.features.views import Photo
 from lookalike_platform.conditioning import Text
+from lookalike_platform.errors import CapabilityMissing
 from lookalike_platform.files import canonical_digest
 from lookalike_trainers.base_parts import BaseParts
 from lookalike_trainers.config import RunRequest, TrainingConfig
-from lookalike_trainers.data import Images, TrainingData
+from lookalike_trainers.data import Bucket, Reference, TrainingData, View
+from lookalike_trainers.denoiser import Denoiser
 from lookalike_trainers.objective import NoiseSchedule
-from lookalike_trainers.prompts import class_prompt, instance_caption
+from lookalike_trainers.prompts import class_caption, class_prompt
+from lookalike_trainers.views import Shown, class_views, views_by_shape
 
 Say = Callable[[dict[str, Any]], None]
 
@@ -30,58 +35,76 @@ def prepare(
     """The run's data, and the digest of its prior images if it has any.
 
     Autoencoder and text encoders are let go afterwards: the steps do not need them.
+
+    Raises CapabilityMissing for a combination of base and options that is not supported.
     """
-    assert config.resolution is not None
+    _check(config, parts)
     say({"type": "stage", "stage": "caching"})
-    # Row 0 is the empty prompt, for caption dropout.
-    captions = [instance_caption(i.caption, config, request.class_noun) for i in request.images]
-    prompts = list(dict.fromkeys(["", *captions, class_prompt(config, request.class_noun)]))
-    row = {prompt: number for number, prompt in enumerate(prompts)}
-
-    instance = Images(
-        _moments(
-            request,
+    photos = views_by_shape(request, config, _multiple(parts))
+    drawn = _prior_images(request, config, parts, say)
+    class_images = {
+        shape: class_views(
+            [Photo(*file) for file in zip(drawn.paths, drawn.digests, strict=True)],
+            shape,
             config,
-            parts,
-            [i.path for i in request.images],
-            [i.sha256 for i in request.images],
-        ),
-        [row[caption] for caption in captions],
-    )
-    prior, prior_digest = None, None
-    if config.prior:
-        drawn = _prior_images(request, config, parts, say)
-        moments = _moments(request, config, parts, drawn.paths, drawn.digests)
-        prior = Images(moments, [row[class_prompt(config, request.class_noun)]] * len(drawn.paths))
-        prior_digest = canonical_digest(drawn.digests)
+            request.class_noun,
+        )
+        for shape in photos
+    }
+    words = _Words([*photos.values(), *class_images.values()], config, request.class_noun)
 
+    def views(images: list[list[Shown]]) -> list[list[View]]:
+        encoded = iter(_moments(list(chain(*images)), request, parts))
+        return [[words.view(shown, next(encoded)) for shown in image] for image in images]
+
+    buckets = [Bucket(views(photos[shape]), views(class_images[shape])) for shape in photos]
+    if config.reads_ids:
+        texts: Text | torch.Tensor = parts.ids(words.prompts)
+    else:
+        texts = _features(words.prompts, request, config, parts)
     data = TrainingData(
-        instance=instance,
-        prior=prior,
-        texts=_texts(request, config, parts, prompts),
+        buckets=buckets,
+        texts=texts,
         schedule=NoiseSchedule.of(parts.scheduler),
-        scaling_factor=float(_vae_config(parts)["scaling_factor"]),
+        scaling_factor=float(_component(parts, "vae").get("scaling_factor", 0.18215)),
         config=config,
+        reference=_reference(words.of_class, request, config, parts),
     )
     parts.release()
-    return data, prior_digest
+    return data, canonical_digest(drawn.digests) if config.prior else None
 
 
-def _moments(
-    request: RunRequest,
-    config: TrainingConfig,
-    parts: BaseParts,
-    paths: list[Any],
-    digests: list[str],
-) -> Moments:
-    assert config.resolution is not None
-    return photo_moments(
-        paths,
-        digests,
+class _Words:
+    """The run's prompts, each once, and their rows.
+
+    prompts: the empty one, for caption dropout; then those about the class alone where the base's
+        output is preserved; then all others.
+    of_class: the first of them, which the base is asked about: it knows no learned words.
+    """
+
+    def __init__(
+        self, images: list[list[list[Shown]]], config: TrainingConfig, class_noun: str
+    ) -> None:
+        captions = [shown.caption for shown in chain(*chain(*images))]
+        self._plain = {c: class_caption(c, config, class_noun) for c in captions}
+        asked = self._plain.values() if config.output_preservation else ()
+        self.of_class = list(dict.fromkeys(["", *asked]))
+        self.prompts = list(dict.fromkeys([*self.of_class, *captions]))
+
+    def view(self, shown: Shown, moments: Moments) -> View:
+        plain = self._plain[shown.caption]
+        return View(
+            moments,
+            caption=self.prompts.index(shown.caption),
+            class_caption=self.of_class.index(plain) if plain in self.of_class else 0,
+        )
+
+
+def _moments(shown: list[Shown], request: RunRequest, parts: BaseParts) -> list[Moments]:
+    return moments(
+        [(view.photo, view.cut) for view in shown],
         lambda: parts.vae,
         component_digest(parts.folder / "vae"),
-        config.resolution,
-        config.random_flip,
         request.cache / "latents",
     )
 
@@ -89,7 +112,8 @@ def _moments(
 def _prior_images(
     request: RunRequest, config: TrainingConfig, parts: BaseParts, say: Say
 ) -> PriorImages:
-    assert config.prior is not None
+    if not config.prior:
+        return PriorImages([], [])
     assert config.resolution is not None
     say({"type": "stage", "stage": "prior"})
     with torch.inference_mode():
@@ -110,11 +134,10 @@ def _prior_images(
         )
 
 
-def _texts(
-    request: RunRequest, config: TrainingConfig, parts: BaseParts, prompts: list[str]
-) -> Text | torch.Tensor:
-    if config.reads_ids:
-        return parts.ids(prompts)
+def _features(
+    prompts: list[str], request: RunRequest, config: TrainingConfig, parts: BaseParts
+) -> Text:
+    """What the frozen text encoders make of them."""
     assert config.resolution is not None
     resolution = config.resolution
     digest = canonical_digest(
@@ -127,7 +150,32 @@ def _texts(
     )
 
 
-def _vae_config(parts: BaseParts) -> dict[str, Any]:
-    """The autoencoder's configuration, without loading it; diffusers' default where it is old."""
-    config: dict[str, Any] = json.loads((parts.folder / "vae" / "config.json").read_text())
-    return {"scaling_factor": 0.18215, **config}
+def _reference(
+    prompts: list[str], request: RunRequest, config: TrainingConfig, parts: BaseParts
+) -> Reference | None:
+    """A base beside the one that the method will change, where its output is preserved."""
+    if not config.output_preservation:
+        return None
+    assert config.resolution is not None
+    bf16 = config.mixed_precision == "bf16"
+    base = Denoiser(parts.take("unet"), [], resolution=config.resolution, bf16=bf16)
+    return Reference(base, _features(prompts, request, config, parts))
+
+
+def _check(config: TrainingConfig, parts: BaseParts) -> None:
+    if config.aspect_buckets and len(parts.tokenizers) > 1:
+        raise CapabilityMissing(
+            "aspect_buckets on SDXL, whose denoiser is told one size for a run: leave it out"
+        )
+
+
+def _multiple(parts: BaseParts) -> int:
+    """Pixels of a side per latent that the denoiser has halved as often as it does."""
+    levels = [_component(parts, part)["block_out_channels"] for part in ("vae", "unet")]
+    return int(2 ** sum(len(channels) - 1 for channels in levels))
+
+
+def _component(parts: BaseParts, name: str) -> dict[str, Any]:
+    """A part's configuration, without loading the part."""
+    config: dict[str, Any] = json.loads((parts.folder / name / "config.json").read_text())
+    return config

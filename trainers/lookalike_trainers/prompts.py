@@ -21,6 +21,12 @@ def instance_caption(caption: str | None, config: TrainingConfig, class_noun: st
     return named if mentions else f"{subject}, {caption}"
 
 
+def class_caption(caption: str, config: TrainingConfig, class_noun: str) -> str:
+    """A training prompt of the class alone: "a sks dog asleep" becomes "a dog asleep"."""
+    subject = rf"{re.escape(config.trigger)}(\s+{re.escape(class_noun)}(?!\w))?"
+    return re.sub(rf"(?<!\w){subject}(?!\w)", lambda _: class_noun, caption, flags=re.IGNORECASE)
+
+
 def class_prompt(config: TrainingConfig, class_noun: str) -> str:
     """The prompt of prior images (Ruiz et al. 2023: "a [class noun]")."""
     given = config.prior.prompt if config.prior else None

@@ -4,72 +4,65 @@ The encoder gives a Gaussian per pixel (Kingma & Welling 2014): its mean and sta
 kept, and each training step draws from it, as an encoder run in every step would.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
+from torch.nn import functional as F
 
 from lookalike_datasets.features import cache
+from lookalike_datasets.features.views import Cut, Photo
 
 _BATCH_PIXELS = 2**20
 
 
 @dataclass(frozen=True)
 class Moments:
-    """mean, std: [views, channels, height, width], unscaled. Views of photo i start at i * flips.
+    """Of one view of a photo. mean, std: [channels, height, width], unscaled.
 
-    flips: 1, or 2 where each photo is followed by its mirror image.
+    mask: [1, height, width] in 0..1, how much of each place is to be learned; None: all of it.
     """
 
     mean: torch.Tensor
     std: torch.Tensor
-    flips: int
+    mask: torch.Tensor | None = None
 
 
-def photo_moments(
-    paths: Sequence[Path],
-    digests: Sequence[str],
-    load_vae: Any,
+def moments(
+    views: Sequence[tuple[Photo, Cut]],
+    load_vae: Callable[[], Any],
     vae_digest: str,
-    resolution: int,
-    flip: bool,
     folder: Path,
-) -> Moments:
-    """Moments of photos, from the cache where it has them.
+) -> list[Moments]:
+    """Moments of views of photos, from the cache where it has them.
 
     Args:
-        digests: sha256 of each file's bytes.
         load_vae: called (once, and only on a miss) for the AutoencoderKL.
-        resolution: side in pixels of the square that is cut from the middle of each photo.
         folder: of the cache.
     """
-    views = [(p, d, mirrored) for p, d in zip(paths, digests, strict=True) for mirrored in _m(flip)]
     keys = [
-        cache.key_of(image=d, vae=vae_digest, resolution=resolution, mirrored=m, version=1)
-        for _, d, m in views
+        cache.key_of(image=photo.sha256, vae=vae_digest, cut=asdict(cut), version=2)
+        for photo, cut in views
     ]
     found = [cache.read(folder, key) for key in keys]
-    missing = [i for i, tensors in enumerate(found) if tensors is None]
-    if missing:
-        vae = load_vae()
-        at_once = max(1, _BATCH_PIXELS // resolution**2)
-        for start in range(0, len(missing), at_once):
-            batch = missing[start : start + at_once]
-            pixels = torch.stack([_pixels(views[i][0], resolution, views[i][2]) for i in batch])
-            mean, std = encode(vae, pixels)
-            for i, m, s in zip(batch, mean, std, strict=True):
-                found[i] = {"mean": m, "std": s}
-                cache.write(folder, keys[i], {"mean": m, "std": s})
-    whole = [tensors for tensors in found if tensors is not None]
-    return Moments(
-        torch.stack([t["mean"] for t in whole]),
-        torch.stack([t["std"] for t in whole]),
-        flips=2 if flip else 1,
-    )
+    missing = defaultdict(list)  # of each size in pixels
+    for i, tensors in enumerate(found):
+        if tensors is None:
+            missing[views[i][1].width, views[i][1].height].append(i)
+    vae = load_vae() if missing else None
+    for (width, height), places in missing.items():
+        at_once = max(1, _BATCH_PIXELS // (width * height))
+        for start in range(0, len(places), at_once):
+            batch = places[start : start + at_once]
+            for i, tensors in zip(batch, _encoded(vae, [views[i] for i in batch]), strict=True):
+                found[i] = tensors
+                cache.write(folder, keys[i], tensors)
+    return [Moments(**tensors) for tensors in found if tensors is not None]
 
 
 def encode(vae: Any, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -81,8 +74,7 @@ def encode(vae: Any, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def square(image: Image.Image, resolution: int) -> Image.Image:
     """The middle of a picture as a square of `resolution` pixels."""
-    side = (resolution, resolution)
-    return ImageOps.fit(image.convert("RGB"), side, Image.Resampling.LANCZOS)
+    return Cut(resolution, resolution).show(image)[0]
 
 
 def to_pixels(image: Image.Image) -> torch.Tensor:
@@ -91,11 +83,16 @@ def to_pixels(image: Image.Image) -> torch.Tensor:
     return values / 127.5 - 1
 
 
-def _pixels(path: Path, resolution: int, mirrored: bool) -> torch.Tensor:
-    with Image.open(path) as image:
-        cut = square(image, resolution)
-    return to_pixels(ImageOps.mirror(cut) if mirrored else cut)
-
-
-def _m(flip: bool) -> tuple[bool, ...]:
-    return (False, True) if flip else (False,)
+def _encoded(vae: Any, views: list[tuple[Photo, Cut]]) -> list[dict[str, torch.Tensor]]:
+    """What the cache keeps of views of one size."""
+    shown = []
+    for photo, cut in views:
+        with Image.open(photo.path) as image:
+            shown.append(cut.show(image))
+    mean, std = encode(vae, torch.stack([to_pixels(picture) for picture, _ in shown]))
+    kept = [{"mean": m, "std": s} for m, s in zip(mean, std, strict=True)]
+    for tensors, (_, mask) in zip(kept, shown, strict=True):
+        if mask is not None:
+            whole = torch.from_numpy(numpy.array(mask)).float()[None] / 255
+            tensors["mask"] = F.adaptive_avg_pool2d(whole, tuple(mean.shape[-2:]))
+    return kept

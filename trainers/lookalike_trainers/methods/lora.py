@@ -65,7 +65,7 @@ class Lora:
         return groups
 
     def loss(self, prediction: torch.Tensor, batch: Batch) -> torch.Tensor:
-        return weighted_mse(prediction, batch.target, batch.weight)
+        return weighted_mse(prediction, batch.target, batch.weight, batch.mask)
 
     def save(self, folder: Path, card: Card) -> Path:
         path = folder / WEIGHTS_NAME
