@@ -6,7 +6,8 @@
     <part>.<module>.lora_magnitude_vector          m  [out]        or [1, out, 1, 1], DoRA's
 
 `lora_adapter_metadata` carries rank and alpha as a PEFT config, modules of other ranks, rsLoRA and
-DoRA: without it diffusers takes alpha to be the rank. `modelspec.*` follows https://github.com/Stability-AI/ModelSpec 1.0.1.
+DoRA: without it diffusers takes alpha to be the rank. `modelspec.*` follows
+https://github.com/Stability-AI/ModelSpec 1.0.1.
 """
 
 import hashlib

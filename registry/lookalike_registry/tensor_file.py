@@ -3,7 +3,8 @@
     delta.<part>.<parameter>      added to the base's parameter, and of its shape
     spectrum.<part>.<parameter>   [min(out, in)] added to its matrix's singular values
     lora.<part>.<module>.down     A [rank, in] or [rank, in, k, k]
-    lora.<part>.<module>.up       B [out, rank] or [out, rank, 1, 1]
+    lora.<part>.<module>.up       B [out, rank] or [out, rank, 1, 1], added to W as B A
+    lora.<part>.<module>.magnitude   [out] or [1, out, 1, 1], the length of W + B A's rows (DoRA)
     tokens.<part>                 [count, width] rows of learned words
     <method>.<anything>           what a method alone understands, and checks when it is worn
 
@@ -120,8 +121,6 @@ def _misfit(
     kind, _, name = key.partition(".")
     if tensor.dtype not in DTYPES:
         return f"is {tensor.dtype}; allowed: {', '.join(DTYPES)}"
-    if kind == method:
-        return None
     match kind:
         case "delta":
             return _differs(tensor, shapes.get(name))
@@ -134,6 +133,8 @@ def _misfit(
         case "tokens":
             table = shapes.get(f"{name}.embeddings.token_embedding.weight")
             return _differs(tensor, table and (tensor.shape[0], table[1]))
+        case _ if kind == method:
+            return None
     return f"is not a key of an adapter file of {method}"
 
 
@@ -143,10 +144,12 @@ def _lora_misfit(
     module, _, side = name.rpartition(".")
     shape = shapes.get(f"{module}.weight")
     other = header.tensors.get(f"lora.{module}.{'up' if side == 'down' else 'down'}")
-    if side not in ("up", "down") or other is None:
+    if side not in ("up", "down", "magnitude") or other is None:
         return "has only one half of its pair"
     if shape is None:
         return "is no layer of the base model"
+    if side == "magnitude":
+        return _differs(tensor, shape[:1] if len(shape) == 2 else (1, shape[0], 1, 1))
     rank = tensor.shape[0] if side == "down" else tensor.shape[1]
     if rank != (other.shape[1] if side == "down" else other.shape[0]):
         return "has another rank than its other half"

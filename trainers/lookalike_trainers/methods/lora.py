@@ -7,11 +7,11 @@ ones. DoRA (Liu et al. 2024): each row's length m is learned apart from its dire
 
     W' = m (W + s B A) / ||W + s B A||,    m: [out] = ||W|| at the start, norms over the inputs.
 
-Optionally the text encoders' attention too. With a prior term it is DreamBooth-LoRA.
+Optionally the text encoders' attention too. With a prior term it is DreamBooth-LoRA. With learned
+rows for the trigger (`token_vectors`) it is pivotal tuning (Roich et al. 2022; for LoRA
+github.com/cloneofsimo/lora), trained together.
 """
 
-import itertools
-import json
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +21,23 @@ from torch import nn
 from lookalike_platform.errors import FieldProblem, InvalidRequest
 from lookalike_registry.adapter_file import WEIGHTS_NAME, LoraCard, LoraShape, save_lora
 from lookalike_registry.safetensors_header import read_header
+from lookalike_registry.tensor_file import ADAPTER_NAME, METHOD_KEY, save_tensors
 from lookalike_trainers.config import TEXT_ATTENTION, LoraConfig, TrainingConfig, ends_in, in_group
 from lookalike_trainers.data import Batch
-from lookalike_trainers.denoiser import Denoiser, checkpoint_gradients, trainable
-from lookalike_trainers.methods.deltas import part_name, parts_of
+from lookalike_trainers.denoiser import Denoiser, checkpoint_gradients
+from lookalike_trainers.methods.deltas import part_name
 from lookalike_trainers.methods.method import Card, TakeOff, Wearer
+from lookalike_trainers.methods.products import (
+    from_peft,
+    loaded_products,
+    read_lora,
+    saved_products,
+    wear_products,
+)
+from lookalike_trainers.methods.tokens import TokenRows, learn_rows, saved_rows, wear_words
 from lookalike_trainers.objective import weighted_mse
 
-_numbers = itertools.count()
+NAME = "lora"
 
 
 class Lora:
@@ -48,6 +57,10 @@ class Lora:
             self.shapes |= dict.fromkeys(names, shape(config, TEXT_ATTENTION))
         for part, model in self.adapted.items():
             insert(model, self.shapes[part])
+        self.rows: list[TokenRows] = []
+        if config.token_vectors:
+            word = str(config.initializer)
+            self.rows = learn_rows(parts, text_encoders, config.trigger, word)
         if config.gradient_checkpointing:
             checkpoint_gradients(unet, text_encoders)
         self.module = Denoiser(
@@ -58,19 +71,33 @@ class Lora:
         )
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        groups = [{"params": trainable(self.module.unet), "lr": self.config.learning_rate}]
-        text = trainable(self.module.text_encoders)
-        if text:
-            groups.append({"params": text, "lr": self.config.text_encoder_learning_rate})
+        rates = {"unet": self.config.learning_rate}
+        groups: list[dict[str, Any]] = [
+            {
+                "params": [p for name, p in model.named_parameters() if ".lora_" in name],
+                "lr": rates.get(part, self.config.text_encoder_learning_rate),
+            }
+            for part, model in self.adapted.items()
+        ]
+        if self.rows:
+            rows = [layer.rows for layer in self.rows]
+            rate = self.config.token_learning_rate
+            groups.append({"params": rows, "lr": rate, "weight_decay": 0.0})
         return groups
 
     def loss(self, prediction: torch.Tensor, batch: Batch) -> torch.Tensor:
         return weighted_mse(prediction, batch.target, batch.weight, batch.mask)
 
     def save(self, folder: Path, card: Card) -> Path:
-        path = folder / WEIGHTS_NAME
+        """The layout of diffusers, which has no place for learned words: with them, our own."""
         states = {part: state(model) for part, model in self.adapted.items()}
-        save_lora(path, states, LoraCard(**vars(card), shapes=self.shapes))
+        if not self.rows:
+            path = folder / WEIGHTS_NAME
+            save_lora(path, states, LoraCard(**vars(card), shapes=self.shapes))
+            return path
+        path = folder / ADAPTER_NAME
+        tensors = saved_products(from_peft(states, self.shapes)) | saved_rows(self.rows)
+        save_tensors(path, NAME, tensors, {}, card.modelspec(NAME))
         return path
 
 
@@ -80,49 +107,18 @@ def build(parts: Any, config: TrainingConfig) -> Lora:
 
 
 def wear(wearer: Wearer, file: Path, scale: float, word: str) -> TakeOff:
-    """Let the file's products act beside those of other LoRAs worn already."""
+    """W + scale (W' - W) wherever the file has a W'; learned rows know no scale."""
     from safetensors.torch import load_file
 
-    metadata = json.loads(read_header(file).metadata["lora_adapter_metadata"])
-    return wear_products(wearer, load_file(file), metadata, scale)
-
-
-def wear_products(
-    wearer: Wearer,
-    tensors: dict[str, torch.Tensor],
-    metadata: dict[str, Any] | None,
-    scale: float,
-) -> TakeOff:
-    """W + scale (W' - W) wherever the tensors, in diffusers' naming, have a W'.
-
-    metadata: the PEFT config of each part; None where all s are 1.
-    """
-    import peft
-    from diffusers.loaders import StableDiffusionLoraLoaderMixin as Loader
-
-    name = f"worn_{next(_numbers)}"
-    common: dict[str, Any] = {"network_alphas": None, "adapter_name": name, "metadata": metadata}
-    touched = []
-    for part, model in parts_of(wearer).items():
-        if not any(key.startswith(f"{part}.") for key in tensors):
-            continue
-        touched.append(model)
-        if part == "unet":
-            Loader.load_lora_into_unet(tensors, unet=model, **common)
-        else:
-            Loader.load_lora_into_text_encoder(tensors, text_encoder=model, prefix=part, **common)
-        for layer in model.modules():
-            if isinstance(layer, peft.tuners.lora.LoraLayer) and name in layer.lora_A:
-                _scale(layer, name, scale)
-        _activate_all(model)
+    tensors = load_file(file)
+    ours = METHOD_KEY in read_header(file).metadata
+    products = loaded_products(tensors) if ours else read_lora(file)
+    without_word = wear_words(wearer, tensors, word)
+    without_products = wear_products(wearer, products, scale)
 
     def take_off() -> None:
-        for model in touched:
-            for layer in model.modules():
-                if isinstance(layer, peft.tuners.tuners_utils.BaseTunerLayer):
-                    layer.delete_adapter(name)
-            model.peft_config.pop(name, None)
-            _activate_all(model)
+        without_products()
+        without_word()
 
     return take_off
 
@@ -174,38 +170,3 @@ def check_names(config: LoraConfig, unet: nn.Module, text_encoders: list[Any]) -
     ]
     if problems:
         raise InvalidRequest("This base has no layers to put LoRA into by these names.", problems)
-
-
-def _scale(layer: Any, name: str, scale: float) -> None:
-    """Give a worn layer the products of W + c (W' - W), c being the scale.
-
-    DoRA's W' = g (W + s B A), with g = m / ||W + s B A|| for each row, stays a DoRA:
-
-        W + c (W' - W) = h (W + s (c g / h) B A),    h = 1 - c + c g
-    """
-    up = layer.lora_B[name].weight
-    with torch.no_grad():
-        if name not in layer.lora_magnitude_vector:
-            up.mul_(scale)
-            return
-        if scale == 1:
-            return  # as it came: no rounding
-        magnitude = layer.lora_magnitude_vector[name].weight
-        weight = layer.get_base_layer().weight
-
-        def lengths() -> torch.Tensor:
-            product = up.flatten(1) @ layer.lora_A[name].weight.flatten(1)
-            return (weight.flatten(1) + layer.scaling[name] * product).norm(dim=1)
-
-        gain = magnitude.flatten() / lengths()
-        mixed = 1 - scale + scale * gain
-        up.mul_((scale * gain / mixed).view(-1, *(1,) * (up.dim() - 1)))
-        magnitude.copy_((mixed * lengths()).view_as(magnitude))
-
-
-def _activate_all(model: Any) -> None:
-    import peft
-
-    for layer in model.modules():
-        if isinstance(layer, peft.tuners.tuners_utils.BaseTunerLayer):
-            layer.set_adapter([name for name in model.peft_config if name in layer.lora_A])
