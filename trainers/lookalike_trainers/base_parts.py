@@ -19,11 +19,15 @@ class BaseParts:
     """A diffusers folder of Stable Diffusion 1, 2 or XL, part by part.
 
     Only the submodule of each part is imported: diffusers as a whole takes seconds.
+
+    Args:
+        cache: the folder for what is computed from a base once and for all; None keeps nothing.
     """
 
-    def __init__(self, folder: Path, device: torch.device) -> None:
+    def __init__(self, folder: Path, device: torch.device, cache: Path | None = None) -> None:
         self.folder = folder
         self.device = device
+        self.cache = cache
         self.learned: dict[str, list[str]] = {}
         self._loaded: dict[str, Any] = {}
         self._names = [f"text_encoder{suffix}" for suffix in self._suffixes()]

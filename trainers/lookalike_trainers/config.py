@@ -159,6 +159,36 @@ class CustomDiffusionConfig(TrainingConfig):
     train_text_encoder: Literal[False] = False
 
 
+class SvdiffConfig(TrainingConfig):
+    """SVDiff (Han et al. 2023): shifts of the singular values of the UNet's matrices.
+
+    With `train_text_encoder` of the text encoders' too.
+    """
+
+    text_encoder_learning_rate: float = Field(default=1e-3, gt=0, le=1)
+
+
+class DreamBoothConfig(TrainingConfig):
+    """DreamBooth (Ruiz et al. 2023): the whole UNet, optionally the text encoders.
+
+    Give it a `prior`, which is a term of the paper's loss; a style does without.
+    """
+
+    learning_rate: float = Field(default=1e-4, gt=0, le=1)  # SD 1.5: 5e-6, 2e-6 with its encoder
+    text_encoder_learning_rate: float = Field(default=2e-5, gt=0, le=1)  # SD 1.5: 2e-6
+    token_vectors: Literal[0] = 0
+
+
+class TextualInversionConfig(TrainingConfig):
+    """Textual Inversion (Gal et al. 2023): the rows of one new word, and nothing else."""
+
+    steps: int = Field(default=600, ge=1, le=100_000)  # SD 1.5: 3000 to 6000
+    token_vectors: int = Field(default=1, ge=1, le=16)
+    templates: Literal["object", "style"] | None = "object"  # captions; None: `prompt`
+    keep_norm: bool = True  # rows stay as long as the vocabulary's are at the median
+    train_text_encoder: Literal[False] = False
+
+
 class MethodInfo(BaseModel):
     """One personalization method: its public name, its config, and where its code is."""
 
@@ -183,6 +213,27 @@ METHODS = [
         config=CustomDiffusionConfig,
         entry="lookalike_trainers.methods.custom_diffusion:build",
         wear="lookalike_trainers.methods.custom_diffusion:wear",
+    ),
+    MethodInfo(
+        name="svdiff",
+        summary="Shifts of the singular values of the UNet's matrices; very small files.",
+        config=SvdiffConfig,
+        entry="lookalike_trainers.methods.svdiff:build",
+        wear="lookalike_trainers.methods.svdiff:wear",
+    ),
+    MethodInfo(
+        name="dreambooth",
+        summary="The whole UNet, optionally the text encoders; the closest likeness, large files.",
+        config=DreamBoothConfig,
+        entry="lookalike_trainers.methods.dreambooth:build",
+        wear="lookalike_trainers.methods.dreambooth:wear",
+    ),
+    MethodInfo(
+        name="textual_inversion",
+        summary="One new word for what the photos show, the model untouched; a few kilobytes.",
+        config=TextualInversionConfig,
+        entry="lookalike_trainers.methods.textual_inversion:build",
+        wear="lookalike_trainers.methods.textual_inversion:wear",
     ),
 ]
 

@@ -68,7 +68,7 @@ def run(folder: Path, say: Say) -> str:
 
     check_encoders(request.clip_encoder, request.dino_encoder)  # before the work, not after it
     world = int(os.environ["WORLD_SIZE"])
-    parts = BaseParts(request.base_folder, device)
+    parts = BaseParts(request.base_folder, device, request.cache)
     if config.token_vectors:
         parts.learn(config.trigger, config.token_vectors)
     with _first_rank_first(folder):

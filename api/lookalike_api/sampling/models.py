@@ -26,7 +26,8 @@ MAX_TEXTS = 256
 class ResidentBases:
     """At most `MAX_BASES` base models, by fingerprint; the one unused for longest goes first."""
 
-    def __init__(self) -> None:
+    def __init__(self, cache: Path) -> None:
+        self._cache = cache
         self._bases: OrderedDict[tuple[str, str], ResidentBase] = OrderedDict()
 
     def get(self, fingerprint: str, folder: Path, device: str) -> "ResidentBase":
@@ -34,7 +35,7 @@ class ResidentBases:
         if key not in self._bases:
             while len(self._bases) >= MAX_BASES:
                 self._bases.popitem(last=False)
-            self._bases[key] = ResidentBase(folder, device)
+            self._bases[key] = ResidentBase(folder, device, self._cache)
         self._bases.move_to_end(key)
         return self._bases[key]
 
@@ -47,9 +48,10 @@ class ResidentBase:
     for is sampling.
     """
 
-    def __init__(self, folder: Path, device: str) -> None:
+    def __init__(self, folder: Path, device: str, cache: Path | None = None) -> None:
         diffusers_logging.disable_progress_bar()
         self.folder = folder
+        self.cache = cache
         self.device = torch.device(
             ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
         )

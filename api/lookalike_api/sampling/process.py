@@ -17,6 +17,7 @@ from typing import Any, TextIO
 
 from lookalike_api.sampling.messages import SampleOrder
 from lookalike_platform.errors import LookalikeError
+from lookalike_platform.settings import get_settings
 
 
 @dataclass
@@ -44,7 +45,7 @@ def main() -> None:
 
     from lookalike_api.sampling.models import ResidentBases
 
-    bases = ResidentBases()
+    bases = ResidentBases(get_settings().cache)
     while True:
         number, order = desk.orders.get()
 

@@ -68,7 +68,15 @@ class Wearer(Protocol):
     """What an adapter is put on: a base in memory, as a diffusers pipeline or BaseParts holds it.
 
     learned: words that stand for learned tokens, see `BaseParts.learn`.
+    folder: the base in diffusers' layout.
+    cache: the folder for what is computed from a base once and for all; None keeps nothing.
     """
+
+    @property
+    def folder(self) -> Path: ...
+
+    @property
+    def cache(self) -> Path | None: ...
 
     @property
     def unet(self) -> Any: ...
