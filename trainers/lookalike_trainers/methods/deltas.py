@@ -49,8 +49,8 @@ def named(part: nn.Module) -> dict[str, nn.Parameter]:
     }
 
 
-def parts_of(wearer: Wearer) -> dict[str, Any]:
-    """The wearer's parts by their names in adapter files."""
+def parts_of(wearer: Any) -> dict[str, Any]:
+    """Models by their names in adapter files, of a Wearer or a Denoiser."""
     encoders = {part_name(place): encoder for place, encoder in enumerate(wearer.text_encoders)}
     return {"unet": wearer.unet, **encoders}
 
