@@ -59,6 +59,7 @@ class TrainingConfig(Strict):
     caption_dropout: float = Field(default=0.05, ge=0, le=1)
     random_flip: bool = False
     crops: int = Field(default=0, ge=0, le=64)  # of each photo, besides its middle
+    sizes: int = Field(default=0, ge=0, le=64)  # of each photo, instead of its middle as it is
     aspect_buckets: bool = False  # photos keep their shape; else squares are cut from them
     masked_loss: bool = False  # a photo's transparent parts are not learned
     noise_offset: float = Field(default=0.0, ge=0, le=1)  # Mix-of-Show: 0.01
@@ -155,6 +156,7 @@ class CustomDiffusionConfig(TrainingConfig):
     """Custom Diffusion (Kumari et al. 2023): the cross-attention's K and V, and one new word."""
 
     learning_rate: float = Field(default=1e-4, gt=0, le=1)  # SD 1.5: 1e-5 x images in a step
+    sizes: int = Field(default=8, ge=0, le=64)
     token_vectors: int = Field(default=1, ge=0, le=16)
     train_text_encoder: Literal[False] = False
 

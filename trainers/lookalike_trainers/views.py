@@ -20,7 +20,9 @@ Shape = tuple[int, int]
 
 CLOSEST = 1.4
 """Crops show at least 1 / CLOSEST of a photo's width and height: the subject must stay in sight."""
-LONGEST = 2.0
+FAR = 0.6
+"""Photos reduced to less of the picture's sides are said to be far away or small."""
+LONGEST = 2.5
 """A bucket's longer side over its shorter one, at most."""
 
 
@@ -53,16 +55,35 @@ def views_by_shape(
 
 
 def photo_views(photo: Photo, caption: str, shape: Shape, config: TrainingConfig) -> list[Shown]:
-    """The middle of a photo and `crops` other parts of it; with random_flip, all mirrored too."""
-    middle = Cut(*shape, masked=config.masked_loss)
-    cuts = [middle]
+    """The middle of a photo, or instead `sizes` of it, and `crops` other parts of it.
+
+    With random_flip all of them mirrored too.
+    """
+    middle = Shown(photo, Cut(*shape, masked=config.masked_loss), caption)
+    views = [_sized(middle, number) for number in range(config.sizes)] or [middle]
     for number in range(config.crops):
         luck = random.Random(f"{photo.sha256} crop {number}")
         zoom, x, y = luck.uniform(1, CLOSEST), luck.random(), luck.random()
-        cuts.append(replace(middle, zoom=zoom, x=x, y=y))
+        views.append(middle._replace(cut=replace(middle.cut, zoom=zoom, x=x, y=y)))
     if config.random_flip:
-        cuts += [replace(cut, mirrored=True) for cut in cuts]
-    return [Shown(photo, cut, caption) for cut in cuts]
+        views += [view._replace(cut=replace(view.cut, mirrored=True)) for view in views]
+    return views
+
+
+def _sized(middle: Shown, number: int) -> Shown:
+    """The photo small on a canvas, or close, with a caption that says so (Kumari et al. 2023, 4).
+
+    What of the canvas is not the photo is not learned.
+    """
+    luck = random.Random(f"{middle.photo.sha256} size {number}")
+    zoom = luck.uniform(1 / 3, 1) if luck.random() < 2 / 3 else luck.uniform(1.2, 1.4)
+    caption = middle.caption
+    if zoom < FAR:
+        caption = f"{luck.choice(('a far away', 'very small'))} {caption}"
+    elif zoom > 1:
+        caption = f"{luck.choice(('zoomed in', 'close up'))} {caption}"
+    cut = replace(middle.cut, zoom=zoom, x=luck.random(), y=luck.random())
+    return middle._replace(cut=cut, caption=caption)
 
 
 def class_views(
