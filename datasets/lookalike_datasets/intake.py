@@ -114,7 +114,7 @@ def _read(file: BinaryIO, cap: int) -> bytes:
 
 
 def _decode(data: bytes, limits: Settings) -> tuple[Image.Image, list[str]]:
-    """RGB pixels in sRGB, upright, alpha on white; and warnings."""
+    """Pixels in sRGB, upright, what is transparent on white; and warnings."""
     image = _open(data)
     width, height = image.size
     if max(width, height) > limits.max_image_side:
@@ -149,22 +149,28 @@ def _open(data: bytes) -> Image.Image:
 
 
 def _to_srgb(image: Image.Image) -> tuple[Image.Image, list[str]]:
+    """Of a cut-out, the alpha is kept beside its colours on white: it can mask the loss."""
     profile = image.info.get("icc_profile")
     if image.mode.startswith("I"):  # 16 bits a channel, which Pillow would clip to 8
         image = image.point(lambda value: value * (1 / 256)).convert("L")
+    alpha = None
     if image.has_transparency_data:
         image = image.convert("RGBA")
+        alpha = image.getchannel("A")
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image).convert("RGB")
     elif image.mode not in ("RGB", "L", "CMYK"):
         image = image.convert("RGB")
+    notes = []
     if profile:
         try:
-            return _through_profile(image, profile), []
+            image = _through_profile(image, profile)
         except (ImageCms.PyCMSError, OSError, ValueError, KeyError):
-            note = "has a colour profile that cannot be used; its colours were taken as sRGB"
-            return image.convert("RGB"), [note]
-    return image.convert("RGB"), []
+            notes = ["has a colour profile that cannot be used; its colours were taken as sRGB"]
+    image = image.convert("RGB")
+    if alpha and alpha.getextrema() not in ((0, 0), (255, 255)):
+        image.putalpha(alpha)
+    return image, notes
 
 
 def _through_profile(image: Image.Image, icc: bytes) -> Image.Image:

@@ -76,6 +76,17 @@ def test_transparent_parts_become_white() -> None:
     assert pixels(encoded(palette, "PNG")).getextrema() == ((255, 255),) * 3
 
 
+def test_a_cut_out_keeps_its_alpha_and_nothing_of_what_it_hid() -> None:
+    image = picture().convert("RGBA")
+    image.paste((1, 2, 3, 0), (0, 0, 48, 80))
+    kept = Image.open(io.BytesIO(examine("a", io.BytesIO(encoded(image, "PNG")), LIMITS).png))
+    assert kept.mode == "RGBA"
+    assert kept.getpixel((10, 10)) == (255, 255, 255, 0)
+    shown = (48, 0, 96, 80)
+    assert kept.crop(shown).getchannel("A").getextrema() == (255, 255)
+    assert list(kept.crop(shown).convert("RGB").tobytes()) == list(picture().crop(shown).tobytes())
+
+
 def test_sixteen_bit_gray_is_scaled_and_not_clipped() -> None:
     gray = Image.new("I;16", (80, 80), 128 * 256)
     assert pixels(encoded(gray, "PNG")).getextrema() == ((128, 128),) * 3

@@ -13,7 +13,7 @@ from PIL import Image
 
 from lookalike_datasets.features.views import Cut, Photo
 from lookalike_trainers.config import RunRequest, TrainingConfig
-from lookalike_trainers.prompts import class_prompt, instance_caption
+from lookalike_trainers.prompts import class_prompt, instance_captions
 
 Shape = tuple[int, int]
 """Width and height in pixels."""
@@ -48,8 +48,12 @@ def views_by_shape(
         shape = (config.resolution, config.resolution)
         if config.aspect_buckets:
             shape = _nearest(Photo(image.path, image.sha256), config.resolution, multiple)
-        caption = instance_caption(image.caption, config, request.class_noun)
-        views = photo_views(Photo(image.path, image.sha256), caption, shape, config)
+        captions = instance_captions(image.caption, config, request.class_noun)
+        views = [
+            view
+            for caption in captions
+            for view in photo_views(Photo(image.path, image.sha256), caption, shape, config)
+        ]
         buckets.setdefault(shape, []).append(views)
     return dict(sorted(buckets.items()))
 

@@ -94,5 +94,5 @@ def _encoded(vae: Any, views: list[tuple[Photo, Cut]]) -> list[dict[str, torch.T
     for tensors, (_, mask) in zip(kept, shown, strict=True):
         if mask is not None:
             whole = torch.from_numpy(numpy.array(mask)).float()[None] / 255
-            tensors["mask"] = F.adaptive_avg_pool2d(whole, tuple(mean.shape[-2:]))
+            tensors["mask"] = F.adaptive_avg_pool2d(whole, (mean.shape[-2], mean.shape[-1]))
     return kept

@@ -21,10 +21,10 @@ class Cut:
     """A picture of `width` x `height` pixels made of a photo.
 
     zoom: 1 shows the largest part of the photo that has this shape; above 1, a part that many
-        times smaller in both directions; below 1, the largest part reduced by this factor, on a
-        neutral canvas.
-    x, y: where that part lies in the photo, or the reduced one on the canvas: 0 at the left (top),
-        1 at the right (bottom).
+        times smaller in both directions; below 1, the largest in the middle reduced by this factor,
+        on a neutral canvas.
+    x, y: where the part lies in the photo, or the reduced one on the canvas: 0 at the left (top), 1
+        at the right (bottom).
     mirrored: left and right change places.
     masked: where the photo is transparent is not to be learned.
     """
@@ -41,8 +41,9 @@ class Cut:
         """The picture (RGB), and where it is to be learned (L, white where it is); None: all."""
         scale = min(photo.width / self.width, photo.height / self.height) / max(self.zoom, 1)
         width, height = self.width * scale, self.height * scale
-        left, top = (photo.width - width) * self.x, (photo.height - height) * self.y
         reduced = min(self.zoom, 1)
+        x, y = (self.x, self.y) if reduced == 1 else (0.5, 0.5)
+        left, top = (photo.width - width) * x, (photo.height - height) * y
         size = (max(1, round(self.width * reduced)), max(1, round(self.height * reduced)))
 
         def part(of: Image.Image) -> Image.Image:

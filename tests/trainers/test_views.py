@@ -1,0 +1,98 @@
+"""Which views a run learns from: crops, mirror images, buckets of one shape."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lookalike_datasets.features.views import Cut
+from lookalike_platform.errors import CapabilityMissing
+from lookalike_trainers.base_parts import BaseParts
+from lookalike_trainers.config import LoraConfig
+from lookalike_trainers.data import TrainingData
+from lookalike_trainers.prepare import prepare
+from lookalike_trainers.views import views_by_shape
+from support_images import encoded, picture
+from support_models import RESOLUTION, VAE_SCALE, save_base
+from support_ranks import run_request
+
+SIZES = [(96, 80), (120, 60), (60, 120), (300, 100)]
+MULTIPLE = VAE_SCALE * 2
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("views")
+    save_base(folder / "base")
+    (folder / "photos").mkdir()
+    for number, size in enumerate(SIZES):
+        cut_out = picture(number, size).convert("RGBA")
+        cut_out.paste((255, 255, 255, 0), (0, 0, size[0] // 2, size[1]))
+        (folder / "photos" / f"{number}.png").write_bytes(encoded(cut_out, "PNG"))
+    return folder
+
+
+def cuts(folder: Path, **options: Any) -> dict[tuple[int, int], list[list[Cut]]]:
+    config = LoraConfig(resolution=RESOLUTION, **options)
+    found = views_by_shape(run_request(folder, config), config, MULTIPLE)
+    return {shape: [[view.cut for view in views] for views in of] for shape, of in found.items()}
+
+
+def prepared(folder: Path, **options: Any) -> TrainingData:
+    config = LoraConfig(resolution=RESOLUTION, **options)
+    parts = BaseParts(folder / "base", torch.device("cpu"))
+    return prepare(run_request(folder, config), config, parts, lambda message: None)[0]
+
+
+def test_without_options_a_photo_has_one_view_its_middle(folder: Path) -> None:
+    assert cuts(folder) == {(64, 64): [[Cut(64, 64)]] * 4}
+
+
+def test_crops_differ_and_are_the_same_in_every_run_and_mirrored_too(folder: Path) -> None:
+    (found,) = cuts(folder, crops=3, random_flip=True).values()
+    assert found == next(iter(cuts(folder, crops=3, random_flip=True).values()))
+    for views in found:
+        assert len(views) == len(set(views)) == 8
+        assert [cut.mirrored for cut in views] == [False] * 4 + [True] * 4
+        assert all(1 <= cut.zoom <= 1.4 and 0 <= cut.x <= 1 and 0 <= cut.y <= 1 for cut in views)
+    (fewer,) = cuts(folder, crops=1).values()
+    assert [views[:2] for views in found] == fewer  # those that were cached are used again
+    assert len({views[1] for views in found}) == len(SIZES)
+
+
+def test_buckets_keep_a_photos_shape_at_about_the_same_size(folder: Path) -> None:
+    found = cuts(folder, aspect_buckets=True)
+    assert sum(len(photos) for photos in found.values()) == len(SIZES)
+    for width, height in found:
+        assert width % MULTIPLE == height % MULTIPLE == 0
+        assert 0.75 * RESOLUTION**2 <= width * height <= RESOLUTION**2
+        assert max(width, height) <= 2.5 * min(width, height)
+    assert len(found[88, 40]) == len(found[40, 88]) == 1
+    assert len(found[96, 40]) == 1  # 3 : 1 is cut to the longest there is
+
+
+def test_batches_of_buckets_masks_and_crops_come_out_of_the_caches(folder: Path) -> None:
+    options: dict[str, Any] = {
+        "aspect_buckets": True,
+        "masked_loss": True,
+        "crops": 1,
+        "prior": {"num_images": 2, "steps": 1, "sampler": "ddim"},
+    }
+    data = prepared(folder, **options)
+    for step in range(len(SIZES)):
+        batch = data.batch(step, 0, 0, 1)
+        assert batch.mask is not None
+        assert batch.mask.shape == (8, 1, *batch.noisy.shape[2:])
+        assert 0.1 < float(batch.mask[:4].mean()) < 0.9
+        assert batch.mask[4:].min() == 1  # class images are learned whole
+    again = prepared(folder, **options)
+    assert torch.equal(again.batch(2, 0, 0, 1).noisy, data.batch(2, 0, 0, 1).noisy)
+    assert prepared(folder).batch(0, 0, 0, 1).mask is None
+
+
+def test_buckets_on_sdxl_are_refused_by_name(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "photos").symlink_to(folder / "photos")
+    save_base(tmp_path / "base", "sdxl")
+    with pytest.raises(CapabilityMissing, match="aspect_buckets on SDXL"):
+        prepared(tmp_path, aspect_buckets=True)
