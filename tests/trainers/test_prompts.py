@@ -1,7 +1,8 @@
 import pytest
 
-from lookalike_trainers.config import LoraConfig, PriorConfig
-from lookalike_trainers.prompts import class_caption, class_prompt, instance_caption
+from lookalike_trainers.config import LoraConfig, PriorConfig, TextualInversionConfig
+from lookalike_trainers.prompts import class_caption, class_prompt, instance_captions
+from lookalike_trainers.templates import OBJECT, STYLE
 
 
 @pytest.mark.parametrize(
@@ -19,12 +20,12 @@ from lookalike_trainers.prompts import class_caption, class_prompt, instance_cap
     ],
 )
 def test_a_caption_names_the_subject_by_its_trigger(caption: str | None, expected: str) -> None:
-    assert instance_caption(caption, LoraConfig(), "cat") == expected
+    assert instance_captions(caption, LoraConfig(), "cat") == [expected]
 
 
 def test_the_runs_own_prompt_takes_trigger_and_noun() -> None:
     config = LoraConfig(prompt="a photo of {trigger} the {class_noun}", trigger="zwx")
-    assert instance_caption(None, config, "dog") == "a photo of zwx the dog"
+    assert instance_captions(None, config, "dog") == ["a photo of zwx the dog"]
 
 
 @pytest.mark.parametrize(
@@ -57,3 +58,19 @@ def test_class_images_have_the_plain_noun_unless_told_otherwise() -> None:
 )
 def test_the_class_has_the_same_caption_without_the_trigger(caption: str, expected: str) -> None:
     assert class_caption(caption, LoraConfig(), "cat") == expected
+
+
+def test_a_word_is_learned_from_templates_where_photos_have_no_captions() -> None:
+    objects = instance_captions(None, TextualInversionConfig(), "cat")
+    assert objects == [template.replace("{}", "sks") for template in OBJECT]
+    styles = instance_captions(None, TextualInversionConfig(templates="style"), "painting")
+    assert styles == [template.replace("{}", "sks") for template in STYLE]
+    assert instance_captions("a cat asleep", TextualInversionConfig(), "cat") == ["a sks asleep"]
+    without = TextualInversionConfig(templates=None)
+    assert instance_captions(None, without, "cat") == ["a sks cat"]
+
+
+def test_a_style_is_called_by_what_is_in_it() -> None:
+    called = TextualInversionConfig(templates="style", trigger="zwx").calls
+    assert called.format(class_noun="house") == "house in the style of zwx"
+    assert LoraConfig().calls.format(class_noun="dog") == "sks dog"

@@ -79,6 +79,11 @@ class TrainingConfig(Strict):
         """Whether steps run the text encoders, since something in them trains."""
         return self.train_text_encoder or self.token_vectors > 0
 
+    @property
+    def calls(self) -> str:
+        """What prompts call the subject; {class_noun} stands for its class."""
+        return f"{self.trigger} {{class_noun}}"
+
     @field_validator("prompt")
     @classmethod
     def _known_placeholders(cls, prompt: str) -> str:
@@ -190,6 +195,23 @@ class TextualInversionConfig(TrainingConfig):
     keep_norm: bool = True  # rows stay as long as the vocabulary's are at the median
     train_text_encoder: Literal[False] = False
 
+    @property
+    def calls(self) -> str:
+        """The new word alone says what the subject is."""
+        match self.templates:
+            case "object":
+                return self.trigger
+            case "style":
+                return f"{{class_noun}} in the style of {self.trigger}"
+            case None:
+                return super().calls
+
+
+class DiffFitConfig(TrainingConfig):
+    """DiffFit (Xie et al. 2023): biases, norms, and a scale of each block's output."""
+
+    text_encoder_learning_rate: float = Field(default=1e-3, gt=0, le=1)
+
 
 class MethodInfo(BaseModel):
     """One personalization method: its public name, its config, and where its code is."""
@@ -236,6 +258,13 @@ METHODS = [
         config=TextualInversionConfig,
         entry="lookalike_trainers.methods.textual_inversion:build",
         wear="lookalike_trainers.methods.textual_inversion:wear",
+    ),
+    MethodInfo(
+        name="diff_fit",
+        summary="Biases, norms and scales of the UNet's blocks; very small files.",
+        config=DiffFitConfig,
+        entry="lookalike_trainers.methods.diff_fit:build",
+        wear="lookalike_trainers.methods.diff_fit:wear",
     ),
 ]
 

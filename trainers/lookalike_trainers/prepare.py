@@ -101,12 +101,15 @@ class _Words:
 
 
 def _moments(shown: list[Shown], request: RunRequest, parts: BaseParts) -> list[Moments]:
-    return moments(
-        [(view.photo, view.cut) for view in shown],
+    distinct = list(dict.fromkeys((view.photo, view.cut) for view in shown))
+    encoded = moments(
+        distinct,
         lambda: parts.vae,
         component_digest(parts.folder / "vae"),
         request.cache / "latents",
     )
+    of = dict(zip(distinct, encoded, strict=True))
+    return [of[view.photo, view.cut] for view in shown]
 
 
 def _prior_images(

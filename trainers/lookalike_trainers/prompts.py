@@ -2,23 +2,27 @@
 
 import re
 
-from lookalike_trainers.config import TrainingConfig
+from lookalike_trainers.config import TextualInversionConfig, TrainingConfig
+from lookalike_trainers.templates import TEMPLATES
 
 
-def instance_caption(caption: str | None, config: TrainingConfig, class_noun: str) -> str:
-    """The training prompt of a photo: its own caption with the trigger in it, or the run's prompt.
+def instance_captions(caption: str | None, config: TrainingConfig, class_noun: str) -> list[str]:
+    """The training prompts of a photo: its own caption with the trigger in it, or the run's.
 
     The trigger goes before the first mention of the class noun: "a dog asleep" becomes
-    "a sks dog asleep"; a caption without the noun is put after "sks dog, ".
+    "a sks dog asleep"; a caption without the noun is put after "sks dog, ". A run has one prompt,
+    or a set of templates.
     """
-    subject = f"{config.trigger} {class_noun}"
     if not caption:
+        if isinstance(config, TextualInversionConfig) and config.templates:
+            return [template.format(config.trigger) for template in TEMPLATES[config.templates]]
         # config.py allows no other placeholder
-        return config.prompt.format(trigger=config.trigger, class_noun=class_noun)
+        return [config.prompt.format(trigger=config.trigger, class_noun=class_noun)]
     if _mention(config.trigger).search(caption):
-        return caption
+        return [caption]
+    subject = config.calls.format(class_noun=class_noun)
     named, mentions = _mention(class_noun).subn(lambda _: subject, caption, count=1)
-    return named if mentions else f"{subject}, {caption}"
+    return [named if mentions else f"{subject}, {caption}"]
 
 
 def class_caption(caption: str, config: TrainingConfig, class_noun: str) -> str:

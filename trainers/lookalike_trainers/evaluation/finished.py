@@ -29,17 +29,17 @@ def try_out(
     """The grid, drawn as `samples.png` beside the adapter file, single images in `samples/`; and
     the adapter's figures (scores.py)."""
     assert config.resolution is not None
-    parts = BaseParts(request.base_folder, device)
+    parts = BaseParts(request.base_folder, device, request.cache)
     noun = request.class_noun
     scenes = [scene.format(subject=noun) for scene in OPTIONS.prompts]
     base = paint(parts, scenes, OPTIONS.seeds, config.resolution)
+    called = config.calls.format(class_noun=noun)
     painted = try_on(
-        parts, request.method, adapter, config.trigger, noun, config.resolution, OPTIONS
+        parts, request.method, adapter, config.trigger, called, noun, config.resolution, OPTIONS
     )
     judges = open_judges(parts, request.clip_encoder, request.dino_encoder)
     photos = read_photos([image.path for image in request.images])
 
-    called = f"{config.trigger} {noun}"
     captions = [scene.format(subject=called) for scene in OPTIONS.prompts]
     _save_singles({"base": base, "adapter": painted.of_subject}, adapter.parent / "samples")
     path = adapter.parent / "samples.png"
