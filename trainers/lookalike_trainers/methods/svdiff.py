@@ -27,6 +27,7 @@ from lookalike_trainers.config import SvdiffConfig, TrainingConfig
 from lookalike_trainers.data import Batch
 from lookalike_trainers.denoiser import Denoiser, checkpoint_gradients
 from lookalike_trainers.methods import deltas
+from lookalike_trainers.methods.dreambooth import thaw
 from lookalike_trainers.methods.method import Card, TakeOff, Wearer
 from lookalike_trainers.methods.tokens import TokenRows, learn_rows, saved_rows, wear_words
 from lookalike_trainers.objective import weighted_mse
@@ -45,9 +46,10 @@ class Svdiff:
         bf16 = config.mixed_precision == "bf16"
         unet = parts.take("unet")
         text_encoders = parts.take("text_encoders") if config.reads_ids else []
-        self.unet_shifts = shift_spectra("unet", unet, parts.cache, bf16)
+        self.unet_shifts = shift_spectra("unet", unet.requires_grad_(True), parts.cache, bf16)
         self.text_shifts: dict[str, nn.Parameter] = {}
         if config.train_text_encoder:
+            thaw(text_encoders)
             for place, encoder in enumerate(text_encoders):
                 self.text_shifts |= shift_spectra(
                     deltas.part_name(place), encoder, parts.cache, bf16
@@ -123,15 +125,24 @@ def wear(wearer: Wearer, file: Path, scale: float, word: str) -> TakeOff:
 def shift_spectra(
     part: str, model: nn.Module, kept: Path | None, bf16: bool
 ) -> dict[str, nn.Parameter]:
-    """Let each matrix of a model be made of its factors. The delta of each, by its name."""
+    """Let each thawed matrix of a model be made of its factors, and nothing else of it train.
+
+    Returns:
+        the delta of each by its name in adapter files.
+    """
+    matrices = {
+        f"{part}.{name.removeprefix('text_model.')}.weight": layer
+        for name, layer in model.named_modules()
+        if isinstance(layer, nn.Linear | nn.Conv2d) and layer.weight.requires_grad
+    }
+    model.requires_grad_(False)
     dtype = torch.bfloat16 if bf16 else torch.float32
     shifts = {}
-    for name, layer in list(model.named_modules()):
-        if isinstance(layer, nn.Linear | nn.Conv2d):
-            u, s, vt = decompose(layer.weight, kept)
-            spectrum = Spectrum(u.to(dtype), s, vt.to(dtype))
-            parametrize.register_parametrization(layer, "weight", spectrum)
-            shifts[f"{part}.{name.removeprefix('text_model.')}.weight"] = spectrum.delta
+    for name, layer in matrices.items():
+        u, s, vt = decompose(layer.weight, kept)
+        spectrum = Spectrum(u.to(dtype), s, vt.to(dtype))
+        parametrize.register_parametrization(layer, "weight", spectrum)
+        shifts[name] = spectrum.delta
     return shifts
 
 

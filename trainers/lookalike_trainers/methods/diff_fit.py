@@ -1,0 +1,178 @@
+"""DiffFit (Xie et al. 2023): the denoiser's knobs train, its matrices do not.
+
+Biases, norms, and a scale of each block's output before it joins the residual stream,
+
+    x + gamma * block(x),    gamma: [channels] = 1 at the start        (section 3.2)
+
+A block is a self- or cross-attention, a feed-forward, or a residual block; gamma acts behind its
+last layer, W and b, and so folds into it: gamma * (W x + b) = (gamma W) x + gamma b. Under a
+thousandth of the weights; the file holds gamma and not gamma W, about a megabyte for SD 1.5.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lookalike_platform.errors import FieldProblem, InvalidRequest
+from lookalike_registry.tensor_file import ADAPTER_NAME, save_tensors
+from lookalike_trainers.base_parts import BaseParts
+from lookalike_trainers.config import DiffFitConfig, TrainingConfig, ends_in
+from lookalike_trainers.data import Batch
+from lookalike_trainers.denoiser import Denoiser, checkpoint_gradients, trainable
+from lookalike_trainers.methods.deltas import PREFIX as DELTA
+from lookalike_trainers.methods.deltas import (
+    differences,
+    named,
+    part_name,
+    parts_of,
+    wear_deltas,
+)
+from lookalike_trainers.methods.dreambooth import thaw
+from lookalike_trainers.methods.method import Card, TakeOff, Wearer
+from lookalike_trainers.methods.tokens import TokenRows, learn_rows, saved_rows, wear_words
+from lookalike_trainers.objective import weighted_mse
+
+NAME = "diff_fit"
+PREFIX = f"{NAME}."
+LAST_LAYERS = ("to_out.0", "ff.net.2", "conv2", "out_proj", "fc2")
+"""How the names of blocks' last layers end: the UNet's, and the text encoders'."""
+
+
+class DiffFit:
+    """The method, holding a base with its knobs thawed."""
+
+    def __init__(self, parts: Any, config: DiffFitConfig) -> None:
+        assert config.resolution is not None
+        self.config = config
+        unet = parts.take("unet").requires_grad_(True)
+        text_encoders = parts.take("text_encoders") if config.reads_ids else []
+        if config.train_text_encoder:
+            thaw(text_encoders)
+        models = {"unet": unet}
+        models |= {part_name(place): encoder for place, encoder in enumerate(text_encoders)}
+        self.blocks = {
+            f"{part}.{name}": layer
+            for part, model in models.items()
+            for name, layer in freeze_matrices(model).items()
+            if ends_in(name, LAST_LAYERS) and layer.bias.requires_grad
+        }
+        self.knobs = {
+            f"{part}.{name}": parameter
+            for part, model in models.items()
+            for name, parameter in named(model).items()
+            if parameter.requires_grad
+        }
+        self.base = {name: knob.detach().clone() for name, knob in self.knobs.items()}
+        for layer in self.blocks.values():
+            layer.gamma = nn.Parameter(torch.ones_like(layer.bias))
+            layer.register_forward_hook(_scale_output)
+        self.rows: list[TokenRows] = []
+        if config.token_vectors:
+            word = str(config.initializer)
+            self.rows = learn_rows(parts, text_encoders, config.trigger, word)
+        if config.gradient_checkpointing:
+            checkpoint_gradients(unet, text_encoders)
+        self.module = Denoiser(
+            unet,
+            text_encoders,
+            resolution=config.resolution,
+            bf16=config.mixed_precision == "bf16",
+        )
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Without weight decay: it would pull norms and gamma to zero, not to the base."""
+        rows = [layer.rows for layer in self.rows]
+        learned = {id(row) for row in rows}
+        text = [p for p in trainable(self.module.text_encoders) if id(p) not in learned]
+        groups: list[dict[str, Any]] = [
+            {"params": trainable(self.module.unet), "lr": self.config.learning_rate},
+            {"params": text, "lr": self.config.text_encoder_learning_rate},
+            {"params": rows, "lr": self.config.token_learning_rate},
+        ]
+        return [group | {"weight_decay": 0.0} for group in groups if group["params"]]
+
+    def loss(self, prediction: torch.Tensor, batch: Batch) -> torch.Tensor:
+        return weighted_mse(prediction, batch.target, batch.weight, batch.mask)
+
+    def save(self, folder: Path, card: Card) -> Path:
+        path = folder / ADAPTER_NAME
+        folded = {f"{name}.bias": layer.gamma * layer.bias for name, layer in self.blocks.items()}
+        gammas = {f"{PREFIX}{name}": layer.gamma for name, layer in self.blocks.items()}
+        tensors = differences({**self.knobs, **folded}, self.base) | gammas
+        save_tensors(path, NAME, tensors | saved_rows(self.rows), {}, card.modelspec(NAME))
+        return path
+
+
+def build(parts: Any, config: TrainingConfig) -> DiffFit:
+    assert isinstance(config, DiffFitConfig)
+    return DiffFit(parts, config)
+
+
+def wear(wearer: Wearer, file: Path, scale: float, word: str) -> TakeOff:
+    """Deltas of knobs, and (gamma - 1) W of blocks' last layers, scaled; rows know no scale.
+
+    Raises InvalidRequest if a gamma does not belong to a layer of this base.
+    """
+    from safetensors.torch import load_file
+
+    tensors = load_file(file)
+    folded = fold(tensors, BaseParts(wearer.folder, wearer.unet.device))
+    without_word = wear_words(wearer, tensors, word)
+    without_deltas = wear_deltas(wearer, tensors | folded, scale)
+
+    def take_off() -> None:
+        without_deltas()
+        without_word()
+
+    return take_off
+
+
+def fold(tensors: dict[str, torch.Tensor], base: BaseParts) -> dict[str, torch.Tensor]:
+    """The gammas among an adapter's tensors as deltas of the weights before them.
+
+    The weights are the base's own, whatever else is worn.
+    """
+    own = {
+        f"{part}.{name}": p
+        for part, model in parts_of(base).items()
+        for name, p in named(model).items()
+    }
+    folded = {}
+    for key, gamma in tensors.items():
+        if not key.startswith(PREFIX):
+            continue
+        name = f"{key.removeprefix(PREFIX)}.weight"
+        weight = own.get(name)
+        if weight is None or gamma.shape != weight.shape[:1]:
+            raise InvalidRequest(
+                "The adapter was trained on another base model.",
+                [FieldProblem(key, "scales no layer of this base")],
+            )
+        rows = gamma.to(weight.device).view(-1, *(1,) * (weight.dim() - 1))
+        folded[f"{DELTA}{name}"] = (rows - 1) * weight
+    return folded
+
+
+def freeze_matrices(model: nn.Module) -> dict[str, Any]:
+    """Hold layers' weights still, and embedding tables; biases and norms stay as they are.
+
+    Returns:
+        the layers by the names they have in the base's files.
+    """
+    layers = {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, nn.Linear | nn.Conv2d | nn.Embedding):
+            layer.weight.requires_grad_(False)
+            layers[name.removeprefix("text_model.")] = layer
+    return layers
+
+
+def _scale_output(layer: Any, _: Any, output: torch.Tensor) -> torch.Tensor:
+    """gamma times [n, tokens, channels] of a linear layer, or [n, channels, h, w]."""
+    gamma = layer.gamma.to(output.dtype)
+    scaled: torch.Tensor = output * (
+        gamma.view(-1, 1, 1) if isinstance(layer, nn.Conv2d) else gamma
+    )
+    return scaled
