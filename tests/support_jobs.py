@@ -10,7 +10,9 @@ from lookalike_platform.db.tables import Attempt, Job, JobEvent, Outbox
 from lookalike_platform.jobs import events, store
 
 
-def submit(db: Database, kind: Literal["train", "generate"] = "train", owner: str = "local") -> str:
+def submit(
+    db: Database, kind: Literal["train", "generate", "evaluate"] = "train", owner: str = "local"
+) -> str:
     """Queue a small job and return its id."""
     new = store.NewJob(
         owner=owner,

@@ -304,6 +304,39 @@ class Client:
             saved.append(path)
         return saved
 
+    # Figures
+
+    def evaluate(
+        self,
+        adapter: str,
+        *,
+        subject_set: str | None = None,
+        prompts: Sequence[str] | None = None,
+        images_per_prompt: int | None = None,
+        class_images: int | None = None,
+        seed: int | None = None,
+        idempotency_key: str | None = None,
+    ) -> Json:
+        """Ask how good an adapter version is; `wait` for its id, then get the `evaluation`.
+
+        Args:
+            adapter: `"name"`, `"name@alias"` or `"name@3"`.
+            prompts: with `{subject}` in each, "a {subject} in the snow".
+        """
+        body = _given(
+            adapter=adapter,
+            subject_set=subject_set,
+            prompts=None if prompts is None else list(prompts),
+            images_per_prompt=images_per_prompt,
+            class_images=class_images,
+            seed=seed,
+        )
+        headers = _given(**{"Idempotency-Key": idempotency_key})
+        return self._json("POST", "/v1/evaluations", headers=headers, json=body)
+
+    def evaluation(self, evaluation_id: str) -> Json:
+        return self._json("GET", f"/v1/evaluations/{evaluation_id}")
+
     # What is there
 
     def base_models(self) -> list[Json]:

@@ -10,6 +10,7 @@ from starlette.concurrency import run_in_threadpool
 from lookalike_api.http import (
     adapters,
     catalog,
+    evaluations,
     generations,
     health,
     jobs,
@@ -33,6 +34,7 @@ ROUTERS = [
     jobs.router,
     adapters.router,
     generations.router,
+    evaluations.router,
     catalog.router,
     health.router,
 ]

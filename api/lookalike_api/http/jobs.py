@@ -29,7 +29,7 @@ class JobView(View):
     """
 
     id: str
-    kind: Literal["train", "generate"]
+    kind: Literal["train", "generate", "evaluate"]
     state: str
     method: str | None
     concept: str | None
@@ -53,7 +53,7 @@ class JobPage(Page):
 
 class JobFilters(Paging):
     state: str | None = Field(default=None, pattern=r"^\w{1,40}$")
-    kind: Literal["train", "generate"] | None = None
+    kind: Literal["train", "generate", "evaluate"] | None = None
     method: str | None = Field(default=None, pattern=r"^[\w-]{1,40}$")
 
 

@@ -1,6 +1,8 @@
 """What each command sends to the API, and what it prints."""
 
 import json
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -185,3 +187,26 @@ def test_a_wrong_prompt_is_refused_with_its_field(lookalike: Lookalike) -> None:
     ran = lookalike("sample", "a <rex>", "--json")
     assert ran.code == 1
     assert [error["path"] for error in ran.json["errors"]] == ["prompt"]
+
+
+def test_an_evaluation_is_followed_and_its_figures_printed(lookalike: Lookalike, api: Api) -> None:
+    api.add_version("rex")
+    set_id = api.add_set()["id"]
+    figure = {"mean": 0.5, "low": 0.25, "high": 0.75, "count": 8}
+
+    def work() -> None:
+        query = "/v1/jobs?kind=evaluate&state=queued"
+        while not (waiting := api.http.get(query).json()["items"]):
+            time.sleep(0.02)
+        lease = leases.claim(api.context.db, waiting[0]["id"], "worker", 60)
+        assert lease is not None
+        figures = {"subject_fidelity": {"dino": figure}}
+        leases.succeed(api.context.db, lease, {"figures": figures, "seconds": 1.0})
+
+    worker = threading.Thread(target=work)
+    worker.start()
+    ran = lookalike("evaluate", "rex", "--subject-set", set_id)
+    worker.join()
+    assert ran.code == 0, ran.err
+    line = next(line for line in ran.out.splitlines() if "subject fidelity" in line)
+    assert line.split()[2:] == ["dino", "0.500", "0.250", "to", "0.750", "(8)"]

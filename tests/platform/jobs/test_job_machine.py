@@ -67,7 +67,7 @@ class JobMachine(RuleBasedStateMachine):
     # The owner
 
     @precondition(lambda self: len(self.accepted) < 2)
-    @rule(target=jobs, kind=st.sampled_from(["train", "generate"]))
+    @rule(target=jobs, kind=st.sampled_from(["train", "generate", "evaluate"]))
     def submit(self, kind: str) -> str:
         return self.submit_one(kind)
 

@@ -63,7 +63,8 @@ def run(folder: Path, say: Say) -> None:
             raise Stopped
         say({"type": "progress", "step": done, "total": total})
 
-    figures = evaluate(request, BaseParts(request.base_folder, torch.device(name)), on_picture)
+    parts = BaseParts(request.base_folder, torch.device(name), request.cache)
+    figures = evaluate(request, parts, on_picture)
     atomic_write(folder / "result.json", json.dumps(figures, indent=1))
 
 

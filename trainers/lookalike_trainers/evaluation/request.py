@@ -3,7 +3,14 @@
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    model_validator,
+)
 
 SCENES = (
     "a {subject}",
@@ -15,7 +22,14 @@ SCENES = (
 
 MAX_PICTURES = 512
 
-Template = Annotated[str, StringConstraints(max_length=500, pattern=r"^[^{}]*\{subject\}[^{}]*$")]
+
+def _with_subject(template: str) -> str:
+    if template.count("{subject}") != 1 or set("{}") & set(template.replace("{subject}", "")):
+        raise ValueError("write {subject} in it once, and no other braces")
+    return template
+
+
+Template = Annotated[str, StringConstraints(max_length=500), AfterValidator(_with_subject)]
 
 
 class Strict(BaseModel):
@@ -61,11 +75,12 @@ class Pinned(Strict):
 
 
 class EvaluateJob(Strict):
-    """An evaluate job's `request`."""
+    """An evaluate job's `request`. `called`: how prompts speak of the subject, "sks dog"."""
 
     adapters: list[Pinned] = Field(min_length=1, max_length=1)
     method: str
     trigger: str
+    called: str
     class_noun: str
     resolution: int
     options: EvaluationOptions
@@ -79,6 +94,7 @@ class EvaluationRequest(BaseModel):
     method: str
     adapter: Path
     trigger: str
+    called: str
     class_noun: str
     resolution: int
     base_folder: Path
@@ -86,4 +102,5 @@ class EvaluationRequest(BaseModel):
     options: EvaluationOptions
     clip_encoder: str | None
     dino_encoder: str | None
+    cache: Path
     device: Literal["auto", "cpu", "cuda"]

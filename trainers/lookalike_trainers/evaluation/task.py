@@ -100,6 +100,7 @@ def evaluation_request(
         photos=[blobs.path(digest) for digest in photos],
         clip_encoder=settings.clip_encoder,
         dino_encoder=settings.dino_encoder,
+        cache=settings.cache,
         device=settings.device,
     )
 

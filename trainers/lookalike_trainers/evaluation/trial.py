@@ -27,6 +27,7 @@ def evaluate(
         request.method,
         request.adapter,
         request.trigger,
+        request.called,
         request.class_noun,
         request.resolution,
         request.options,
@@ -40,16 +41,21 @@ def try_on(
     method: str,
     adapter: Path,
     trigger: str,
+    called: str,
     class_noun: str,
     resolution: int,
     options: EvaluationOptions,
     on_picture: OnPicture = lambda done, total: None,
 ) -> Paintings:
-    """What an adapter paints. It is taken off afterwards: the base judges bare."""
+    """What an adapter paints. It is taken off afterwards: the base judges bare.
+
+    Args:
+        trigger: the word that stands for learned tokens.
+        called: how prompts speak of the subject, "sks dog".
+    """
     of_subject = len(options.prompts) * options.images_per_prompt
     total = of_subject + options.class_images
     take_off = wear_of(method)(parts, adapter, 1.0, trigger)
-    called = f"{trigger} {class_noun}"
     painted = Paintings(
         prompts=[prompt.format(subject=class_noun) for prompt in options.prompts],
         of_subject=paint(
