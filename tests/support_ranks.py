@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from lookalike_platform.files import sha256_file
-from lookalike_trainers.config import LoraConfig, RunImage, RunRequest
+from lookalike_trainers.config import METHODS, RunImage, RunRequest, TrainingConfig
 
 
 @dataclass(frozen=True)
 class Scenario:
-    """One run. `config`: of LoRA. `resume`: start from the checkpoint `step` of another scenario.
+    """One run. `resume`: start from the checkpoint `step` of another scenario.
 
     `breaks`: (step, rank, "loss" | "gradient") that becomes NaN there and then.
     """
@@ -31,6 +31,7 @@ class Scenario:
     zero_stage: int = 0
     resume: tuple[str, int] | None = None
     breaks: tuple[int, int, str] | None = None
+    method: str = "lora"
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,12 @@ def launch(folder: Path, scenarios: list[Scenario], world: int) -> list[dict[str
 
 
 def run_request(
-    folder: Path, config: LoraConfig, *, num_processes: int = 1, zero_stage: int = 0
+    folder: Path,
+    config: TrainingConfig,
+    *,
+    method: str = "lora",
+    num_processes: int = 1,
+    zero_stage: int = 0,
 ) -> RunRequest:
     """A request on the photos and the base in `folder`."""
     photos = sorted((folder / "photos").iterdir())
@@ -89,7 +95,7 @@ def run_request(
         owner="local",
         concept="robot",
         class_noun="dog",
-        method="lora",
+        method=method,
         config=config.model_dump(),
         base_name="tiny",
         base_folder=folder / "base",
@@ -120,17 +126,26 @@ def _train(folder: Path, scenario: Scenario) -> Outcome:
     from lookalike_trainers.data import Batch
     from lookalike_trainers.engine import make_engine
     from lookalike_trainers.loop import Diverged, train
-    from lookalike_trainers.methods.lora import build
+    from lookalike_trainers.methods.find import builder_of
     from lookalike_trainers.methods.method import Card
     from lookalike_trainers.prepare import prepare
 
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    config = LoraConfig(resolution=64, **scenario.config)
-    request = run_request(folder, config, num_processes=world, zero_stage=scenario.zero_stage)
+    info = next(info for info in METHODS if info.name == scenario.method)
+    config = info.config(resolution=64, initializer="dog", **scenario.config)
+    request = run_request(
+        folder,
+        config,
+        method=scenario.method,
+        num_processes=world,
+        zero_stage=scenario.zero_stage,
+    )
     parts = BaseParts(request.base_folder, torch.device("cpu"))
+    if config.token_vectors:
+        parts.learn(config.trigger, config.token_vectors)
     data, _ = prepare(request, config, parts, lambda message: None)
     torch.manual_seed(config.seed)
-    method = build(parts, config)
+    method = builder_of(scenario.method)(parts, config)
     before = {name: p.detach().clone() for name, p in method.module.named_parameters()}
     # An Accelerator is one to a process; this makes room for the next run's.
     AcceleratorState._reset_state()
@@ -187,7 +202,9 @@ def _train(folder: Path, scenario: Scenario) -> Outcome:
         after = {name: p.detach().clone() for name, p in method.module.named_parameters()}
         trainable = {n for n, p in method.module.named_parameters() if p.requires_grad}
         if rank == 0 and error is None:
-            adapter = method.save(folder / f"{scenario.name}-{world}.safetensors", card)
+            result = folder / f"{scenario.name}-{world}"
+            result.mkdir()
+            adapter = sha256_file(method.save(result, card))
     frozen = [n for n in before if n not in trainable and after[n].shape == before[n].shape]
     return Outcome(
         losses=losses,

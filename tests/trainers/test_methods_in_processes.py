@@ -1,0 +1,91 @@
+"""Every method through torchrun and DeepSpeed: one process; two, and ZeRO 0, 2 and 3.
+
+All runs of a number of processes share one launch (support_ranks.py).
+"""
+
+from pathlib import Path
+
+import pytest
+
+from lookalike_trainers.config import METHODS
+from support_images import photo
+from support_models import save_base
+from support_ranks import Outcome, Scenario, launch
+
+pytestmark = pytest.mark.processes
+
+NAMES = [info.name for info in METHODS]
+STAGES = (0, 2, 3)
+STEPS, SAVED = 2, 1
+SHORT = {
+    "steps": STEPS,
+    "batch_size": 1,
+    "caption_dropout": 0.0,
+    "checkpoint_every": SAVED,
+    "keep_checkpoints": STEPS,
+}
+
+
+def scenarios(*, batch_size: int, stages: tuple[int, ...]) -> list[Scenario]:
+    config = SHORT | {"batch_size": batch_size}
+    made = []
+    for name in NAMES:
+        for stage in stages:
+            run = f"{name} {stage}"
+            made.append(Scenario(run, config, stage, method=name))
+            made.append(Scenario(f"{run} resumed", config, stage, (run, SAVED), method=name))
+    return made
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("methods")
+    save_base(folder / "base")
+    (folder / "photos").mkdir()
+    for number in range(2):
+        (folder / "photos" / f"{number}.jpg").write_bytes(photo(number))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def alone(folder: Path) -> dict[str, Outcome]:
+    return launch(folder, scenarios(batch_size=2, stages=(0,)), world=1)[0]
+
+
+@pytest.fixture(scope="module")
+def together(folder: Path) -> list[dict[str, Outcome]]:
+    return launch(folder, scenarios(batch_size=1, stages=STAGES), world=2)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_all_that_it_declares_moves_and_nothing_else(alone: dict[str, Outcome], name: str) -> None:
+    run = alone[f"{name} 0"]
+    assert all(run.moved.values()), [name for name, moved in run.moved.items() if not moved]
+    assert run.moved
+    assert run.frozen_kept
+    assert run.adapter
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_resumed_it_is_the_uninterrupted_run(alone: dict[str, Outcome], name: str) -> None:
+    whole, resumed = alone[f"{name} 0"], alone[f"{name} 0 resumed"]
+    assert resumed.losses == whole.losses
+    assert resumed.weights == whole.weights[SAVED:]
+    assert resumed.adapter == whole.adapter
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("name", NAMES)
+def test_two_processes_train_like_one_hold_the_same_weights_and_resume(
+    alone: dict[str, Outcome], together: list[dict[str, Outcome]], name: str, stage: int
+) -> None:
+    first, second = (rank[f"{name} {stage}"] for rank in together)
+    assert first.losses == pytest.approx(alone[f"{name} 0"].losses, abs=1e-5)
+    assert first.weights == second.weights
+    assert len(set(first.weights)) == STEPS
+    assert all(first.moved.values())
+    assert first.frozen_kept
+    assert first.adapter
+    resumed = together[0][f"{name} {stage} resumed"]
+    assert resumed.losses == first.losses
+    assert resumed.weights == first.weights[SAVED:]
