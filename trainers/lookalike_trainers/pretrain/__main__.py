@@ -1,5 +1,11 @@
 """``python -m lookalike_trainers.pretrain``."""
 
+import sys
+
+from lookalike_platform.errors import LookalikeError
 from lookalike_trainers.pretrain.cli import app
 
-app()
+try:
+    app()
+except LookalikeError as error:
+    sys.exit(str(error))

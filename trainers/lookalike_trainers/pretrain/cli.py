@@ -9,6 +9,8 @@ from typing import Annotated
 
 import typer
 
+from lookalike_platform.errors import NotFound
+
 app = typer.Typer(help="Make the bundled base model: data, training, evaluation, model card.")
 
 Data = Annotated[Path, typer.Option(help="Prepared data; made by `data`.")]
@@ -19,8 +21,24 @@ DEFAULT_DATA = Path(typer.get_app_dir("lookalike")) / "pretrain" / "data"
 DEFAULT_RUN = Path(typer.get_app_dir("lookalike")) / "pretrain" / "run"
 
 
+def _made(path: Path, how: str) -> Path:
+    """``path``; raises ``NotFound`` that says how it is made where an earlier stage has not run."""
+    if not path.exists():
+        raise NotFound(f"there is no {path}: {how}")
+    return path
+
+
+def _folder(start: Path) -> Path:
+    _made(
+        start / "model_index.json",
+        "name a diffusers folder, such as `lookalike pretrain text` makes",
+    )
+    return start
+
+
 def _nouns(data: Path, part: str = "training") -> list[str]:
-    nouns: list[str] = json.loads((data / "nouns.json").read_text())[part]
+    path = _made(data / "nouns.json", "run `lookalike pretrain data` first")
+    nouns: list[str] = json.loads(path.read_text())[part]
     return nouns
 
 
@@ -71,7 +89,7 @@ def autoencoder(
     photos, _ = split_photos(load_photos(data))
     config = AutoencoderConfig(steps=steps, decoder_only=decoder_only)
     sprites = load_sprites(data, nouns)
-    train(load_vae(start), training_pairs(nouns), sprites, photos, run, config)
+    train(load_vae(_folder(start)), training_pairs(nouns), sprites, photos, run, config)
 
 
 @app.command()
@@ -86,7 +104,7 @@ def latents(
     from lookalike_trainers.pretrain.models import load_trained_vae
     from lookalike_trainers.pretrain.scenes import Mix, load_sprites
 
-    nouns, vae = _nouns(data), load_trained_vae(start, run)
+    nouns, vae = _nouns(data), load_trained_vae(_folder(start), run)
     encode_scenes(run / "latents", scenes, nouns, load_sprites(data, nouns), vae, Mix())
 
 
@@ -104,8 +122,8 @@ def denoiser(
     from lookalike_trainers.pretrain.models import load_denoiser, load_tokenizer
 
     config = DenoiserConfig(steps=steps, batch_size=batch_size, peak_lr=lr)
-    cache = open_cache(run / "latents")
-    train(load_denoiser(start), load_tokenizer(start), cache, run, config)
+    cache = open_cache(_made(run / "latents", "run `lookalike pretrain latents` first"))
+    train(load_denoiser(_folder(start)), load_tokenizer(start), cache, run, config)
 
 
 @app.command()
@@ -118,7 +136,7 @@ def export(
     from lookalike_trainers.pretrain.export import export as write
     from lookalike_trainers.pretrain.models import load_denoiser, load_tokenizer, load_vae
 
-    write(load_denoiser(start), load_vae(start), load_tokenizer(start), run, folder)
+    write(load_denoiser(_folder(start)), load_vae(start), load_tokenizer(start), run, folder)
 
 
 @app.command()
@@ -152,6 +170,7 @@ def evaluate(
     from lookalike_trainers.pretrain.judge import train_judge
     from lookalike_trainers.pretrain.scenes import load_sprites
 
+    _folder(folder)
     nouns = _nouns(data)
     sprites = load_sprites(data, nouns)
     _, photos = split_photos(load_photos(data))
@@ -182,8 +201,11 @@ def card(
     from lookalike_trainers.pretrain.scenes import caption
 
     nouns = _nouns(data)
+    _made(notes, "write the `history` and the `caveat` of the model there")
+    _made(run / "evaluation.json", "run `lookalike pretrain evaluate` first")
+    _made(run / "losses.json", "run `lookalike pretrain export` first")
     scenes = sample_scenes(nouns)
     prompts = [caption(scene) for scene in scenes]
-    pictures = sample(load_pipeline(folder), prompts, guidance=4, steps=30)
+    pictures = sample(load_pipeline(_folder(folder)), prompts, guidance=4, steps=30)
     write_samples(folder, scenes, pictures)
     write_card(folder, nouns, _nouns(data, "held_out"), run, notes)

@@ -37,7 +37,7 @@ class DenoiserConfig:
     weight_decay: float = 0.01
     caption_dropout: float = 0.1
     min_snr_gamma: float = 5.0
-    ema: float = 0.998
+    ema: float = 0.995
     checkpoint_every: int = 250
     seed: int = 0
 
@@ -127,7 +127,7 @@ def train(
     empty = tokenize(tokenizer, [""]).to(where)
     abar = alphas_cumprod().to(where)
     batches = len(cache.captions) // config.batch_size
-    stop, sums, started = StopSignal(), torch.zeros(()), time.monotonic()
+    stop, recent, started = StopSignal(), list[float](), time.monotonic()
 
     def checkpoint() -> dict[str, Any]:
         state = {
@@ -164,12 +164,12 @@ def train(
             averages, [p.data for p in parameters], 1 - min(config.ema, (step + 1) / (step + 10))
         )
         step += 1
-        sums += loss.detach().cpu()
-        if step % 50 == 0:
-            losses.append((step, sums.item() / 50))
-            pace = (time.monotonic() - started) / 50
+        recent.append(loss.item())
+        if step % 50 == 0:  # the first time after a resume, over the steps of this sitting alone
+            losses.append((step, sum(recent) / len(recent)))
+            pace = (time.monotonic() - started) / len(recent)
             print(f"step {step} loss {losses[-1][1]:.4f} lr {lr:.2e} {pace:.2f} s/step", flush=True)
-            sums, started = torch.zeros(()), time.monotonic()
+            recent, started = [], time.monotonic()
         if step % config.checkpoint_every == 0:
             checkpoint()
     return checkpoint()

@@ -111,18 +111,19 @@ def train_judge(
     optimizer = torch.optim.AdamW(judge.parameters(), lr=2e-3, weight_decay=0.05, fused=True)
     pairs = [(noun, style) for noun in nouns for style in STYLES]
     rng, draw = random.Random(0), generator(0, 7)
-    mix = Mix(two_objects=0.3)
+    mix = Mix(two_objects=0.5)  # two at half the size are the harder half of its work
     for step in range(steps):
         scenes = [draw_scene(rng, pairs, mix) for _ in range(batch_size)]
         x = to_tensor([paint(scene, sprites, rng) for scene in scenes]).to(where)
         noun, style, background = (t.to(where) for t in targets(scenes, nouns))
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps, 2e-3, 50, decay=0.7)
-        verdict = judge(soften(x, draw))
+        with torch.autocast(where.type, torch.bfloat16):
+            verdict = judge(soften(x, draw))
         loss = (
-            F.cross_entropy(verdict.noun, noun)
-            + 0.3 * F.cross_entropy(verdict.style, style)
-            + 0.3 * F.cross_entropy(verdict.background, background)
+            F.cross_entropy(verdict.noun.float(), noun)
+            + 0.3 * F.cross_entropy(verdict.style.float(), style)
+            + 0.3 * F.cross_entropy(verdict.background.float(), background)
         )
         loss.backward()
         optimizer.step()

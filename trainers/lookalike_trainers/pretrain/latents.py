@@ -57,7 +57,7 @@ def encode_scenes(
     """Write ``latents.npy`` and ``captions.json`` of ``count`` scenes into ``folder``.
 
     The latent is the mean of the encoder's posterior times the scaling factor: its spread is about
-    a hundredth of the latents' own.
+    a hundredth of the latents' own, and bf16's error half of that (0.006 and 0.003 of pocket-64).
     """
     where = device()
     vae = vae.to(where).eval()
