@@ -20,6 +20,7 @@ from torch import nn
 
 from lookalike_platform.errors import FieldProblem, InvalidRequest
 from lookalike_registry.adapter_file import WEIGHTS_NAME, LoraCard, LoraShape, save_lora
+from lookalike_registry.products import from_peft, loaded_products, read_lora, saved_products
 from lookalike_registry.safetensors_header import read_header
 from lookalike_registry.tensor_file import ADAPTER_NAME, METHOD_KEY, save_tensors
 from lookalike_trainers.config import TEXT_ATTENTION, LoraConfig, TrainingConfig, ends_in, in_group
@@ -27,13 +28,7 @@ from lookalike_trainers.data import Batch
 from lookalike_trainers.denoiser import Denoiser, checkpoint_gradients
 from lookalike_trainers.methods.deltas import part_name
 from lookalike_trainers.methods.method import Card, TakeOff, Wearer
-from lookalike_trainers.methods.products import (
-    from_peft,
-    loaded_products,
-    read_lora,
-    saved_products,
-    wear_products,
-)
+from lookalike_trainers.methods.products import own_layers, wear_products
 from lookalike_trainers.methods.tokens import TokenRows, learn_rows, saved_rows, wear_words
 from lookalike_trainers.objective import weighted_mse
 
@@ -50,11 +45,11 @@ class Lora:
         text_encoders = parts.take("text_encoders") if config.reads_ids else []
         check_names(config, unet, text_encoders)
         self.adapted = {"unet": unet}
-        self.shapes = {"unet": shape(config, config.target_modules)}
+        self.shapes = {"unet": shape(config, unet, config.target_modules)}
         if config.train_text_encoder:
             names = [part_name(place) for place in range(len(text_encoders))]
             self.adapted |= dict(zip(names, text_encoders, strict=True))
-            self.shapes |= dict.fromkeys(names, shape(config, TEXT_ATTENTION))
+            self.shapes |= dict.fromkeys(names, shape(config, text_encoders[0], TEXT_ATTENTION))
         for part, model in self.adapted.items():
             insert(model, self.shapes[part])
         self.rows: list[TokenRows] = []
@@ -123,15 +118,26 @@ def wear(wearer: Wearer, file: Path, scale: float, word: str) -> TakeOff:
     return take_off
 
 
-def shape(config: LoraConfig, targets: tuple[str, ...]) -> LoraShape:
+def shape(config: LoraConfig, model: nn.Module, targets: tuple[str, ...]) -> LoraShape:
+    """What one model gets on the modules whose names end in a target."""
+    layers = targeted(model, targets)
     return LoraShape(
         rank=config.rank,
         alpha=config.alpha if config.alpha is not None else float(config.rank),
         targets=targets,
-        ranks=config.module_ranks,
+        ranks={
+            end: rank
+            for end, rank in config.module_ranks.items()
+            if any(ends_in(name, (end,)) for name in layers)
+        },
         rslora=config.rslora,
         dora=config.dora,
     )
+
+
+def targeted(model: nn.Module, targets: tuple[str, ...]) -> list[str]:
+    """The names of a model's layers that end in a target."""
+    return [name for name in own_layers(model) if ends_in(name, targets)]
 
 
 def insert(model: nn.Module, shape: LoraShape) -> None:
@@ -152,19 +158,12 @@ def state(model: nn.Module) -> dict[str, torch.Tensor]:
 
 def check_names(config: LoraConfig, unet: nn.Module, text_encoders: list[Any]) -> None:
     """Raises InvalidRequest for targets and ranks the base has no layers for, by their fields."""
-    layers = [
-        name for name, module in unet.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)
-    ]
-    targeted = [name for name in layers if ends_in(name, config.target_modules)]
+    among = targeted(unet, config.target_modules)
     if config.train_text_encoder:
-        names = [name for encoder in text_encoders for name, _ in encoder.named_modules()]
-        targeted += [name for name in names if ends_in(name, TEXT_ATTENTION)]
+        among += targeted(text_encoders[0], TEXT_ATTENTION)
     problems = [
         FieldProblem(f"config.{field}", f"no layer's name ends in {' or '.join(in_group(name))}")
-        for field, names, among in (
-            ("targets", config.targets, layers),
-            ("ranks", tuple(config.ranks), targeted),
-        )
+        for field, names in (("targets", config.targets), ("ranks", tuple(config.ranks)))
         for name in names
         if not any(ends_in(layer, in_group(name)) for layer in among)
     ]
