@@ -41,7 +41,7 @@ def data(**config: Any) -> TrainingData:
     return TrainingData(
         buckets=[Bucket(images(PHOTOS), images(CLASS_IMAGES))],
         texts=Text(torch.randn(2, 6, 8)),
-        schedule=NoiseSchedule(torch.linspace(0.99, 0.01, 1000), "epsilon"),
+        schedule=NoiseSchedule.diffusion(torch.linspace(0.99, 0.01, 1000), "epsilon"),
         scaling_factor=0.5,
         config=LoraConfig(prior=PriorConfig(), **config),
     )
@@ -140,7 +140,7 @@ def test_without_noise_in_the_encoder_latents_are_its_scaled_means() -> None:
     clean = replace(
         random,
         buckets=[Bucket(exact, [])],
-        schedule=NoiseSchedule(torch.ones(1000), "epsilon"),
+        schedule=NoiseSchedule.diffusion(torch.ones(1000), "epsilon"),
         config=LoraConfig(),
     )
     means = [view.moments.mean * clean.scaling_factor for (view,) in exact]

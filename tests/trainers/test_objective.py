@@ -10,11 +10,14 @@ from lookalike_trainers.objective import NoiseSchedule, weighted_mse
 
 T = 50
 ALPHAS = torch.linspace(0.999, 0.01, T, dtype=torch.float64)
+SIGMAS = torch.linspace(0.02, 1, T, dtype=torch.float64)
 TIMESTEPS = torch.tensor([0, 7, 23, 49])
 
 
 def schedule(prediction_type: str) -> NoiseSchedule:
-    return NoiseSchedule(ALPHAS, prediction_type)
+    if prediction_type == "flow_prediction":
+        return NoiseSchedule.flow(SIGMAS)
+    return NoiseSchedule.diffusion(ALPHAS, prediction_type)
 
 
 @pytest.fixture
@@ -42,6 +45,34 @@ def test_the_target_is_the_noise_or_the_velocity(batch: tuple[torch.Tensor, torc
         torch.testing.assert_close(velocity[i], expected)
 
 
+def test_a_flow_bases_noise_and_target_are_those_of_its_own_scheduler(
+    batch: tuple[torch.Tensor, torch.Tensor],
+) -> None:
+    """Lipman et al. 2023, as diffusers' scheduler noises: x_t = (1 - s) x_0 + s e."""
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    flow = NoiseSchedule.of(scheduler)
+    latents, noise = batch
+    numbers = torch.tensor([0, 300, 700, 999])
+    told = flow.times[numbers]
+    expected = scheduler.scale_noise(latents, scheduler.timesteps.flip(0)[numbers], noise)
+    torch.testing.assert_close(flow.noised(latents, noise, numbers), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(told, scheduler.timesteps.flip(0)[numbers])
+    target = flow.target(latents, noise, numbers)
+    # One Euler step from x_t along the target, of -sigma, arrives at x_0.
+    sigma = told.view(-1, 1, 1, 1) / 1000
+    torch.testing.assert_close(expected - sigma * target, latents, rtol=1e-5, atol=1e-5)
+
+
+def test_flow_weights_make_an_error_of_the_clean_latents_count_as_hang_et_al_do() -> None:
+    """The error of x_0 is sigma times the target's: min(SNR, gamma) sigma^2 in all."""
+    weights = schedule("flow_prediction").weight(TIMESTEPS, gamma=5.0)
+    for i, t in enumerate(TIMESTEPS):
+        snr = ((1 - SIGMAS[t]) / SIGMAS[t]) ** 2
+        torch.testing.assert_close(weights[i], min(snr, torch.tensor(5.0)) * SIGMAS[t] ** 2)
+
+
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 def test_min_snr_weights_are_those_of_hang_et_al(prediction_type: str) -> None:
     weights = schedule(prediction_type).weight(TIMESTEPS, gamma=5.0)
@@ -57,7 +88,7 @@ def test_without_gamma_every_sample_weighs_the_same() -> None:
 
 def test_a_last_step_without_signal_weighs_nothing_instead_of_nan() -> None:
     """Schedules rescaled to zero terminal SNR end there (Lin et al. 2024)."""
-    rescaled = NoiseSchedule(torch.tensor([0.9, 0.0]), "v_prediction")
+    rescaled = NoiseSchedule.diffusion(torch.tensor([0.9, 0.0]), "v_prediction")
     assert rescaled.weight(torch.tensor([1]), gamma=5.0).tolist() == [0]
 
 

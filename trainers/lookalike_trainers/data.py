@@ -136,14 +136,14 @@ class TrainingData:
         )
         latents = clean * self.scaling_factor
         noise = torch.stack([luck.noise for _, luck in samples])
-        timesteps = torch.tensor([luck.timestep for _, luck in samples])
+        numbers = torch.tensor([luck.timestep for _, luck in samples])
         rows = [0 if luck.drop_caption else view.caption for view, luck in samples]
-        weight = self.schedule.weight(timesteps, self.config.min_snr_gamma)
+        weight = self.schedule.weight(numbers, self.config.min_snr_gamma)
         return Batch(
-            noisy=self.schedule.noised(latents, noise, timesteps),
-            timesteps=timesteps,
+            noisy=self.schedule.noised(latents, noise, numbers),
+            timesteps=self.schedule.times[numbers],
             text=self.texts[rows],
-            target=self.schedule.target(latents, noise, timesteps),
+            target=self.schedule.target(latents, noise, numbers),
             weight=weight / len(samples),
             mask=_masks([view.moments for view, _ in samples]),
         )

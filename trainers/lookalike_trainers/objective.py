@@ -1,11 +1,15 @@
 """The loss all methods share: how far the denoiser's answer is from what it should be. Torch.
 
-With x_t = a_t x_0 + s_t e (Ho et al. 2020, eq. 4), a_t^2 = alphas_cumprod[t], s_t^2 = 1 - a_t^2:
+With x_t = a_t x_0 + s_t e, what is called for is the base's own (its scheduler says which):
 
-    target   epsilon: e          v: a_t e - s_t x_0   (Salimans & Ho 2022)
-    SNR(t)   a_t^2 / s_t^2
-    weight   epsilon: min(SNR, gamma) / SNR     v: min(SNR, gamma) / (SNR + 1)
-                                                (min-SNR-gamma, Hang et al. 2023)
+               a_t                    s_t           target
+    epsilon    sqrt(alphas_cumprod)   sqrt(1 - a^2)  e              (Ho et al. 2020, eq. 4)
+    v          the same               the same       a_t e - s_t x_0  (Salimans & Ho 2022)
+    flow       1 - sigma              sigma          e - x_0        (Lipman et al. 2023)
+
+An error of the target is one of x_0 times a_t / s_t, 1 / s_t and 1 / s_t. So min-SNR-gamma (Hang et
+al. 2023), which weighs errors of x_0 by min(SNR, gamma), SNR = a_t^2 / s_t^2, weighs those of the
+target by min(SNR, gamma) / SNR for epsilon, and by min(SNR, gamma) s_t^2 for v and flow.
 """
 
 from dataclasses import dataclass
@@ -18,28 +22,44 @@ from lookalike_platform.errors import CapabilityMissing
 
 @dataclass(frozen=True)
 class NoiseSchedule:
-    """alphas_cumprod: [timesteps]; prediction_type: epsilon | v_prediction."""
+    """signal, noise: a and s, [timesteps]; times: what the denoiser is told of each, [timesteps].
 
-    alphas_cumprod: torch.Tensor
+    prediction_type: epsilon | v_prediction | flow_prediction.
+    """
+
+    signal: torch.Tensor
+    noise: torch.Tensor
+    times: torch.Tensor
     prediction_type: str
 
     @classmethod
     def of(cls, scheduler: Any) -> "NoiseSchedule":
         """The schedule of a diffusers scheduler.
 
-        Raises CapabilityMissing for a prediction type other than epsilon and v_prediction.
+        Raises CapabilityMissing for a prediction type other than those three.
         """
-        kind = scheduler.config.prediction_type
-        if kind not in ("epsilon", "v_prediction"):
-            raise CapabilityMissing(f"training a base with prediction type {kind!r}")
-        return cls(scheduler.alphas_cumprod.clone(), kind)
+        if type(scheduler).__name__ == "FlowMatchEulerDiscreteScheduler":
+            return cls.flow(scheduler.sigmas[: len(scheduler.timesteps)].flip(0))
+        return cls.diffusion(scheduler.alphas_cumprod.clone(), scheduler.config.prediction_type)
+
+    @classmethod
+    def diffusion(cls, alphas_cumprod: torch.Tensor, prediction_type: str) -> "NoiseSchedule":
+        if prediction_type not in ("epsilon", "v_prediction"):
+            raise CapabilityMissing(f"training a base with prediction type {prediction_type!r}")
+        times = torch.arange(len(alphas_cumprod))
+        return cls(alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt(), times, prediction_type)
+
+    @classmethod
+    def flow(cls, sigmas: torch.Tensor) -> "NoiseSchedule":
+        """sigmas: rising to 1, [timesteps]; the denoiser is told them in steps of the last."""
+        return cls(1 - sigmas, sigmas, sigmas * len(sigmas), "flow_prediction")
 
     @property
     def timesteps(self) -> int:
-        return len(self.alphas_cumprod)
+        return len(self.times)
 
     def noised(self, x0: torch.Tensor, e: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        """x_t of latents x0 and noise e, [n, c, h, w], at timesteps t [n]."""
+        """x_t of latents x0 and noise e, [n, c, h, w], at timesteps number t [n]."""
         a, s = self._scales(t)
         return a * x0 + s * e
 
@@ -47,6 +67,8 @@ class NoiseSchedule:
         """What the denoiser should say about x_t."""
         if self.prediction_type == "epsilon":
             return e
+        if self.prediction_type == "flow_prediction":
+            return e - x0
         a, s = self._scales(t)
         return a * e - s * x0
 
@@ -54,14 +76,12 @@ class NoiseSchedule:
         """min-SNR-gamma weights [n] of the samples' squared errors; ones without a gamma."""
         if gamma is None:
             return torch.ones(len(t))
-        alpha = self.alphas_cumprod[t]
-        snr = alpha / (1 - alpha)
+        snr = (self.signal[t] / self.noise[t]) ** 2
         clipped = snr.clamp(max=gamma)
-        return clipped / (snr if self.prediction_type == "epsilon" else snr + 1)
+        return clipped / snr if self.prediction_type == "epsilon" else clipped * self.noise[t] ** 2
 
     def _scales(self, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        alpha = self.alphas_cumprod[t].view(-1, 1, 1, 1)
-        return alpha.sqrt(), (1 - alpha).sqrt()
+        return self.signal[t].view(-1, 1, 1, 1), self.noise[t].view(-1, 1, 1, 1)
 
 
 def weighted_mse(

@@ -22,8 +22,10 @@ CLOSEST = 1.4
 """Crops show at least 1 / CLOSEST of a photo's width and height: the subject must stay in sight."""
 FAR = 0.6
 """Photos reduced to less of the picture's sides are said to be far away or small."""
-LONGEST = 2.5
-"""A bucket's longer side over its shorter one, at most."""
+LEAST = 0.85
+"""A bucket has at least this share of the pixels of a square of the run's resolution."""
+LONGEST = 1.6
+"""Times the resolution, a bucket's longer side at most: shapes go to about 5 : 2."""
 
 
 class Shown(NamedTuple):
@@ -109,14 +111,7 @@ def _nearest(photo: Photo, resolution: int, multiple: int) -> Shape:
     def distance(shape: Shape) -> float:
         return max(ratio * shape[1] / shape[0], shape[0] / shape[1] / ratio)
 
-    return min(_shapes(resolution, multiple), key=distance)
-
-
-def _shapes(resolution: int, multiple: int) -> list[Shape]:
-    """Shapes of at most resolution^2 pixels, their sides multiples, as high as they can be."""
-    shapes = []
-    for width in range(multiple, resolution**2 // multiple + 1, multiple):
-        height = resolution**2 // width // multiple * multiple
-        if height and max(width, height) <= LONGEST * min(width, height):
-            shapes.append((width, height))
-    return shapes
+    sides = range(multiple, int(resolution * LONGEST), multiple)
+    pixels = resolution**2
+    shapes = [(w, h) for w in sides for h in sides if LEAST * pixels <= w * h <= pixels]
+    return min(shapes, key=distance)
