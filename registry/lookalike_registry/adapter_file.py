@@ -3,7 +3,8 @@
     unet.<module>.lora.down.weight                 A  [rank, in]   or [rank, in, k, k]
     unet.<module>.lora.up.weight                   B  [out, rank]  or [out, rank, 1, 1]
     text_encoder.<module>.lora_linear_layer.down.weight, .up.weight, text_encoder_2 likewise
-    <part>.<module>.lora_magnitude_vector          m  [out]        or [1, out, 1, 1], DoRA's
+    unet.<module>.lora_magnitude_vector            m  [out]        or [1, out, 1, 1], DoRA's
+    text_encoder.<module>.lora_magnitude_vector.weight
 
 `lora_adapter_metadata` carries rank and alpha as a PEFT config, modules of other ranks, rsLoRA and
 DoRA: without it diffusers takes alpha to be the rank. `modelspec.*` follows
@@ -38,7 +39,7 @@ ARCHITECTURES = {
 PARTS = ("unet", "text_encoder", "text_encoder_2")
 KEY = re.compile(
     r"(?P<part>unet|text_encoder|text_encoder_2)\.(?P<module>[\w.]+?)\."
-    r"((lora|lora_linear_layer)\.(?P<side>down|up)\.weight|lora_magnitude_vector)"
+    r"((lora|lora_linear_layer)\.(?P<side>down|up)\.weight|lora_magnitude_vector(\.weight)?)"
 )
 PLAIN_PATTERN = re.compile(r"\^?[\w.]+")
 """A module's whole name after ^, or how it ends: no other regular expression of PEFT's."""
@@ -258,7 +259,8 @@ def _file_key(part: str, name: str) -> str:
     names = {
         "A.weight": f"{layer}.down.weight",
         "B.weight": f"{layer}.up.weight",
-        "magnitude_vector": "lora_magnitude_vector",
+        # Transformers 5 looks for the name in its models, PEFT takes either.
+        "magnitude_vector": "lora_magnitude_vector" + ("" if part == "unet" else ".weight"),
     }
     if not found or side not in names:
         raise InvalidRequest(f"{part}: {name} is not part of a LoRA in PEFT's naming.")

@@ -51,7 +51,9 @@ def checkpoint_gradients(unet: Any, text_encoders: Sequence[Any]) -> None:
     """Let both recompute in the backward pass what they would keep (Chen et al. 2016)."""
     unet.enable_gradient_checkpointing()
     for encoder in text_encoders:
-        encoder.gradient_checkpointing_enable({"use_reentrant": False})
+        # Transformers 5 renamed it; the old name warns.
+        new = getattr(encoder, "activation_checkpointing_enable", None)
+        (new or encoder.gradient_checkpointing_enable)({"use_reentrant": False})
 
 
 def trainable(module: nn.Module) -> list[nn.Parameter]:
