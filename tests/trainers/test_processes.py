@@ -224,7 +224,7 @@ def test_every_declared_parameter_moves_and_no_other(
         assert run.frozen_kept
     assert all(name.startswith("unet.") for name in runs[0].moved)
     parts = {name.partition(".")[0] for name in runs[1].moved}
-    assert parts == {"unet", "text_encoder"}
+    assert parts == {"unet", "text_encoders"}
     assert all(".lora_" in name for name in runs[1].moved)
 
 
