@@ -349,7 +349,7 @@ def _misfit(
 
 
 def _list(shape: tuple[int, ...] | None) -> str:
-    return "missing" if shape is None else str(list(shape))
+    return "none" if shape is None else str(list(shape))
 
 
 def finite(path: Path, tensor: Tensor) -> bool:

@@ -17,6 +17,9 @@ from lookalike_registry.adapter_file import (
     WEIGHTS_NAME,
     LoraCard,
     check_against_base,
+    module_alpha,
+    module_rank,
+    module_scale,
     peft_configs,
     save_lora,
 )
@@ -119,6 +122,53 @@ def test_an_adapter_with_a_text_encoder_passes_the_check(tmp_path: Path, base: P
     )
 
 
+SHAPES: list[dict[str, Any]] = [
+    {"ranks": {"attn2.to_k": 7, "q_proj": 2, "to_out.0": 1}},
+    {"rslora": True},
+    {"dora": True},
+    {"ranks": {"to_q": 3, "q_proj": 3}, "rslora": True, "dora": True},
+]
+
+
+@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys")  # of the other part
+@pytest.mark.parametrize("shape", SHAPES)
+def test_ranks_of_modules_rslora_and_dora_pass_the_check_and_mean_the_same_to_peft(
+    tmp_path: Path, base: Path, shape: dict[str, Any]
+) -> None:
+    made = card(text_encoder=True, **shape)
+    unet = tiny_unet()
+    save_lora(tmp_path / WEIGHTS_NAME, states(made, unet, tiny_text_encoder()), made)
+    header = check_against_base(tmp_path / WEIGHTS_NAME, base)
+    config = peft_configs(header, "x")["unet"]
+    layers = {n: m for n, m in unet.named_modules() if hasattr(m, "base_layer")}
+    for name, layer in layers.items():
+        assert module_rank(config, name) == layer.r["default"]
+        assert module_alpha(config, name) == layer.lora_alpha["default"]
+        assert module_scale(config, name) == pytest.approx(layer.scaling["default"])
+
+
+def test_doras_magnitudes_must_be_there_and_fit(tmp_path: Path, base: Path) -> None:
+    made = card(text_encoder=True, dora=True)
+    file = tmp_path / "whole.safetensors"
+    save_lora(file, states(made, tiny_unet(), tiny_text_encoder()), made)
+    for change, problem in (
+        (lambda t: {k: v for k, v in t.items() if "magnitude" not in k}, "magnitude is none"),
+        (
+            lambda t: {k: v[:5] if "magnitude" in k else v for k, v in t.items()},
+            "magnitude is [5], the base needs [",
+        ),
+    ):
+        with pytest.raises(InvalidRequest) as refused:
+            check_against_base(rewritten(file, tmp_path, change), base)
+        assert problem in refused.value.fields[0].message
+    plain = {"unet.r": 4, "unet.lora_alpha": 8, "text_encoder.r": 4, "text_encoder.lora_alpha": 8}
+    metadata = {"lora_adapter_metadata": json.dumps(plain)}
+    save_file(load_file(file), tmp_path / WEIGHTS_NAME, metadata=metadata)
+    with pytest.raises(InvalidRequest) as refused:
+        check_against_base(tmp_path / WEIGHTS_NAME, base)
+    assert "the base needs none" in refused.value.fields[0].message
+
+
 def test_the_check_imports_no_torch(adapter: Path, base: Path) -> None:
     program = (
         "import sys; from pathlib import Path\n"
@@ -205,6 +255,9 @@ def test_a_file_that_does_not_say_its_alpha_is_refused(
         '{"unet.r": 0, "unet.lora_alpha": 4}',
         '{"unet.r": 4, "unet.lora_alpha": NaN}',
         '{"text_encoder.r": 4, "text_encoder.lora_alpha": 4}',
+        '{"unet.r": 4, "unet.lora_alpha": 4, "unet.rank_pattern": {"to_q": 0}}',
+        '{"unet.r": 4, "unet.lora_alpha": 4, "unet.alpha_pattern": {"to_q": -1}}',
+        '{"unet.r": 4, "unet.lora_alpha": 4, "unet.rank_pattern": {"(a+)+$": 4}}',
     ],
 )
 def test_metadata_that_does_not_settle_rank_and_alpha_is_refused(
