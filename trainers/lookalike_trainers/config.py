@@ -80,9 +80,9 @@ class TrainingConfig(Strict):
         return self.train_text_encoder or self.token_vectors > 0
 
     @property
-    def calls(self) -> str:
-        """What prompts call the subject; {class_noun} stands for its class."""
-        return f"{self.trigger} {{class_noun}}"
+    def phrase(self) -> str:
+        """How prompts speak of the subject, of {trigger} and {class_noun}."""
+        return "{trigger} {class_noun}"
 
     @field_validator("prompt")
     @classmethod
@@ -139,7 +139,7 @@ class LoraConfig(TrainingConfig):
     @property
     def target_modules(self) -> tuple[str, ...]:
         """How the names of the UNet's targeted modules end."""
-        return tuple(dict.fromkeys(name for target in self.targets for name in in_group(target)))
+        return all_in_groups(self.targets)
 
     @property
     def module_ranks(self) -> dict[str, int]:
@@ -152,9 +152,33 @@ def in_group(target: str) -> tuple[str, ...]:
     return TARGET_GROUPS.get(target, (target,))
 
 
+def all_in_groups(targets: Collection[str]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(name for target in targets for name in in_group(target)))
+
+
 def ends_in(module: str, names: Collection[str]) -> bool:
     """Whether a module's name is one of the names or ends in it after a dot."""
     return any(module == name or module.endswith(f".{name}") for name in names)
+
+
+class TLoraConfig(TrainingConfig):
+    """T-LoRA (Soboleva et al. 2025): LoRA whose rank grows from `min_rank` as noise goes."""
+
+    rank: int = Field(default=8, ge=1, le=256)  # SDXL: 64
+    min_rank: int | None = Field(default=None, ge=0)  # None: half the rank
+    targets: tuple[TargetName, ...] = Field(default=("attention",), min_length=1)
+    train_text_encoder: Literal[False] = False
+
+    @property
+    def target_modules(self) -> tuple[str, ...]:
+        """How the names of the UNet's targeted modules end."""
+        return all_in_groups(self.targets)
+
+    @model_validator(mode="after")
+    def _min_rank_is_below(self) -> Self:
+        if self.min_rank is not None and self.min_rank > self.rank:
+            raise ValueError("min_rank: must not be above rank")
+        return self
 
 
 class CustomDiffusionConfig(TrainingConfig):
@@ -196,21 +220,36 @@ class TextualInversionConfig(TrainingConfig):
     train_text_encoder: Literal[False] = False
 
     @property
-    def calls(self) -> str:
+    def phrase(self) -> str:
         """The new word alone says what the subject is."""
         match self.templates:
             case "object":
-                return self.trigger
+                return "{trigger}"
             case "style":
-                return f"{{class_noun}} in the style of {self.trigger}"
+                return "{class_noun} in the style of {trigger}"
             case None:
-                return super().calls
+                return super().phrase
 
 
 class DiffFitConfig(TrainingConfig):
     """DiffFit (Xie et al. 2023): biases, norms, and a scale of each block's output."""
 
     text_encoder_learning_rate: float = Field(default=1e-3, gt=0, le=1)
+
+
+class PerfusionConfig(TrainingConfig):
+    """Perfusion (Tewel et al. 2023): a gated rank-one edit of keys and values, and one new word."""
+
+    learning_rate: float = Field(default=3e-2, gt=0, le=1)
+    prompt: str = Field(default="a {trigger}", max_length=500)
+    token_vectors: Literal[1] = 1
+    token_learning_rate: float = Field(default=6e-3, gt=0, le=1)
+    train_text_encoder: Literal[False] = False
+
+    @property
+    def calls(self) -> str:
+        """The new word stands where the class noun would: its keys are the noun's."""
+        return self.trigger
 
 
 class MethodInfo(BaseModel):
@@ -230,6 +269,13 @@ METHODS = [
         config=LoraConfig,
         entry="lookalike_trainers.methods.lora:build",
         wear="lookalike_trainers.methods.lora:wear",
+    ),
+    MethodInfo(
+        name="t_lora",
+        summary="LoRA with fewer ranks the noisier the picture; for one photo or a few.",
+        config=TLoraConfig,
+        entry="lookalike_trainers.methods.t_lora:build",
+        wear="lookalike_trainers.methods.t_lora:wear",
     ),
     MethodInfo(
         name="custom_diffusion",
@@ -265,6 +311,13 @@ METHODS = [
         config=DiffFitConfig,
         entry="lookalike_trainers.methods.diff_fit:build",
         wear="lookalike_trainers.methods.diff_fit:wear",
+    ),
+    MethodInfo(
+        name="perfusion",
+        summary="A gated rank-one edit of the cross-attention and a new word; files of 100 KB.",
+        config=PerfusionConfig,
+        entry="lookalike_trainers.methods.perfusion:build",
+        wear="lookalike_trainers.methods.perfusion:wear",
     ),
 ]
 

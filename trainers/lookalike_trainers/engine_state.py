@@ -1,6 +1,7 @@
 """What a run has learned so far, whole, whatever share of it each process holds. Torch.
 
     weight/<parameter>, exp_avg/<parameter>, exp_avg_sq/<parameter>    fp32, of its shape
+    buffer/<buffer>                                                    the module's persistent ones
     step                                                               optimiser steps taken
 
 The tensors are those of one process without ZeRO, so a run may go on with another number of
@@ -25,6 +26,7 @@ def gather(engine: Engine, module: nn.Module) -> dict[str, torch.Tensor]:
         tensors[f"weight/{name}"] = _get(engine, parameter, None)
         for moment in MOMENTS:
             tensors[f"{moment}/{name}"] = _get(engine, parameter, moment)
+    tensors |= {f"buffer/{name}": buffer for name, buffer in _buffers(module)}
     state = next(iter(_optimizer(engine).state.values()))
     tensors["step"] = torch.as_tensor(state["step"])
     return {key: tensor.detach().float().cpu().clone() for key, tensor in tensors.items()}
@@ -42,6 +44,14 @@ def scatter(engine: Engine, module: nn.Module, tensors: dict[str, torch.Tensor])
         for moment in (None, *MOMENTS):
             value = tensors[f"{moment or 'weight'}/{name}"].to(engine.device)
             _set(engine, parameter, moment, value)
+    for name, buffer in _buffers(module):
+        buffer.copy_(tensors[f"buffer/{name}"])
+
+
+def _buffers(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    """What a method keeps besides weights, equal on all processes; a base has none."""
+    kept = module.state_dict().keys()
+    return [(name, buffer) for name, buffer in module.named_buffers() if name in kept]
 
 
 def _trainables(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
