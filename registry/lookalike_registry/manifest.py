@@ -4,12 +4,19 @@ It is kept in the database, as `manifest.json` beside the weights in MLflow, and
 """
 
 from pathlib import Path
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
 from lookalike_platform.files import canonical_digest, sha256_file
-from lookalike_registry.adapter_file import lora_modules, peft_configs
-from lookalike_registry.safetensors_header import read_header
+from lookalike_registry.adapter_file import (
+    WEIGHTS_NAME,
+    lora_modules,
+    module_alpha,
+    peft_configs,
+)
+from lookalike_registry.safetensors_header import Header, read_header
+from lookalike_registry.tensor_file import METHOD_KEY
 
 FORMAT_VERSION = 1
 NAME_PATTERN = r"^[a-z0-9][a-z0-9-]{0,62}$"
@@ -41,9 +48,11 @@ class ModuleShape(Section):
 class Weights(Section):
     """The weights file. `modules`: rank and alpha by `unet.<module>`, `text_encoder.<module>`.
 
-    `token_count` and `token_width`: learned embedding rows, for methods that learn any.
+    `token_count` and `token_width`: learned embedding rows, for methods that learn any; the width
+    is the first text encoder's.
     """
 
+    file: str = WEIGHTS_NAME
     sha256: str = Sha256
     bytes: int
     dtype: str
@@ -65,6 +74,7 @@ class BaseRecord(Section):
 class Prompting(Section):
     class_noun: str
     trigger: str
+    phrase: str = "{trigger} {class_noun}"
     recommended_scale: float = 1.0
     recommended_guidance: float = 4.0
 
@@ -157,15 +167,38 @@ def version_id(job_id: str) -> str:
 def weights_record(path: Path) -> Weights:
     """Describes an adapter file. Raises InvalidRequest if it is not one."""
     header = read_header(path)
-    modules = lora_modules(header, path.name)
-    configs = peft_configs(header, path.name)
-    alphas = {part: float(config["lora_alpha"]) for part, config in configs.items()}
+    tokens = header.tensors.get("tokens.text_encoder")
+    modules = _products(header) if METHOD_KEY in header.metadata else _lora(header, path.name)
     return Weights(
+        file=path.name,
         sha256=sha256_file(path),
         bytes=path.stat().st_size,
         dtype="+".join(sorted({tensor.dtype for tensor in header.tensors.values()})),
-        modules={
-            name: ModuleShape(rank=module.rank, alpha=alphas[name.partition(".")[0]])
-            for name, module in modules.items()
-        },
+        modules=modules,
+        token_count=tokens.shape[0] if tokens else 0,
+        token_width=tokens.shape[1] if tokens else None,
     )
+
+
+def _lora(header: Header, filename: str) -> dict[str, ModuleShape]:
+    """Of a LoRA in diffusers' layout."""
+    configs = peft_configs(header, filename)
+    return {
+        name: ModuleShape(rank=module.rank, alpha=_alpha(configs, name))
+        for name, module in lora_modules(header, filename).items()
+    }
+
+
+def _products(header: Header) -> dict[str, ModuleShape]:
+    """Of `adapter.safetensors`, whose products carry their scale already: alpha is the rank."""
+    downs = {
+        key.removeprefix("lora.").removesuffix(".down"): tensor.shape[0]
+        for key, tensor in header.tensors.items()
+        if key.startswith("lora.") and key.endswith(".down")
+    }
+    return {name: ModuleShape(rank=rank, alpha=rank) for name, rank in downs.items()}
+
+
+def _alpha(configs: dict[str, dict[str, Any]], name: str) -> float:
+    part, _, module = name.partition(".")
+    return module_alpha(configs[part], module)

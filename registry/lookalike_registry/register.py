@@ -25,7 +25,6 @@ from lookalike_platform.db.tables import AdapterAlias, AdapterVersion
 from lookalike_platform.errors import Conflict, InvalidRequest
 from lookalike_platform.files import sha256_file
 from lookalike_platform.settings import Settings
-from lookalike_registry.adapter_file import WEIGHTS_NAME
 from lookalike_registry.manifest import Manifest
 from lookalike_registry.mlflow_client import (
     TRIES,
@@ -59,7 +58,7 @@ def register(
     """Makes the run's adapter a version of its concept, with the alias `candidate`.
 
     Args:
-        files: what goes beside `manifest.json`, by name; the weights as `WEIGHTS_NAME`.
+        files: what goes beside `manifest.json`, by name; the weights as `manifest.weights.file`.
         metrics: one mapping a step, `{"step": 10, "loss": 0.1, …}`; `time`, seconds since the
             epoch, is optional.
         on_step: called with each name of `STEPS` when that step is done.
@@ -102,9 +101,10 @@ def _registered(session: Session, job_id: str) -> AdapterVersion | None:
 
 
 def _check_files(manifest: Manifest, files: Mapping[str, Path]) -> None:
-    if WEIGHTS_NAME not in files:
-        raise InvalidRequest(f"There are no weights to register: {WEIGHTS_NAME} is missing.")
-    digest = sha256_file(files[WEIGHTS_NAME])
+    weights = manifest.weights.file
+    if weights not in files:
+        raise InvalidRequest(f"There are no weights to register: {weights} is missing.")
+    digest = sha256_file(files[weights])
     if digest != manifest.weights.sha256:
         raise InvalidRequest(
             f"The weights are not those of the manifest: {digest} instead of"
@@ -114,7 +114,7 @@ def _check_files(manifest: Manifest, files: Mapping[str, Path]) -> None:
 
 def _put_blobs(blobs: BlobStore, manifest: Manifest, files: Mapping[str, Path]) -> None:
     """The weights, and the sample grid where the manifest names one."""
-    blobs.put_file(files[WEIGHTS_NAME])
+    blobs.put_file(files[manifest.weights.file])
     if manifest.evaluation.sample_grid is not None:
         digest = blobs.put_file(files[GRID_NAME])
         if digest != manifest.evaluation.sample_grid:
@@ -187,9 +187,10 @@ def _log_artifacts(client: Any, run: Any, manifest: Manifest, files: Mapping[str
         client.log_artifacts(run_id, str(staged), _ARTIFACTS)
         back = Path(folder, "back")
         back.mkdir()
-        kept = client.download_artifacts(run_id, f"{_ARTIFACTS}/{WEIGHTS_NAME}", str(back))
+        weights = manifest.weights.file
+        kept = client.download_artifacts(run_id, f"{_ARTIFACTS}/{weights}", str(back))
         if sha256_file(Path(kept)) != manifest.weights.sha256:
-            raise OSError(f"MLflow's artifact store changed {WEIGHTS_NAME} of run {run_id}")
+            raise OSError(f"MLflow's artifact store changed {weights} of run {run_id}")
     client.set_terminated(run_id, "FINISHED")
 
 

@@ -71,6 +71,6 @@ def test_a_word_is_learned_from_templates_where_photos_have_no_captions() -> Non
 
 
 def test_a_style_is_called_by_what_is_in_it() -> None:
-    called = TextualInversionConfig(templates="style", trigger="zwx").calls
-    assert called.format(class_noun="house") == "house in the style of zwx"
-    assert LoraConfig().calls.format(class_noun="dog") == "sks dog"
+    phrase = TextualInversionConfig(templates="style").phrase
+    assert phrase.format(trigger="zwx", class_noun="house") == "house in the style of zwx"
+    assert LoraConfig().phrase.format(trigger="zwx", class_noun="dog") == "zwx dog"

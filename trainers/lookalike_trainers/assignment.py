@@ -58,15 +58,21 @@ def resolve_base(job: Job, settings: Settings) -> Base:
     return base
 
 
+def complete(config: TrainingConfig, base: Base, class_noun: str) -> TrainingConfig:
+    """The config with what base and subject decide."""
+    return config.model_copy(
+        update={
+            "resolution": config.resolution or base.resolution,
+            "initializer": config.initializer or class_noun,
+        }
+    )
+
+
 def run_request(work: Assignment, blobs: BlobStore, settings: Settings) -> RunRequest:
     """What the ranks are told: every default filled in, photos as local files."""
     job, config = work.job, work.config
     base = resolve_base(job, settings)
-    decided = {
-        "resolution": config.resolution or base.resolution,
-        "initializer": config.initializer or work.subject_set.class_noun,
-    }
-    whole = config.model_copy(update=decided)
+    whole = complete(config, base, work.subject_set.class_noun)
     return RunRequest(
         job_id=job.id,
         owner=job.owner,
@@ -115,7 +121,9 @@ def manifest(work: Assignment, result: Path, attempts: int, settings: Settings) 
             resolution=base.resolution,
             prediction_type=base.prediction_type,
         ),
-        prompting=Prompting(class_noun=request.class_noun, trigger=config.trigger),
+        prompting=Prompting(
+            class_noun=request.class_noun, trigger=config.trigger, phrase=config.phrase
+        ),
         lineage=Lineage(
             subject_set=work.subject_set.id,
             subject_set_digest=work.subject_set.digest,

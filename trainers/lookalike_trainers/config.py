@@ -16,6 +16,18 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+def check_placeholders(prompt: str) -> str:
+    """The prompt. Raises ValueError if it has others than {trigger} and {class_noun}."""
+    remedy = "write {trigger} and {class_noun} in it, and no other braces"
+    try:
+        fields = {tuple(field) for _, *field in Formatter().parse(prompt) if field[0] is not None}
+    except ValueError as error:
+        raise ValueError(f"{error}; {remedy}") from None
+    if fields - {("trigger", "", None), ("class_noun", "", None)}:
+        raise ValueError(remedy)
+    return prompt
+
+
 class PriorConfig(Strict):
     """Prior preservation (Ruiz et al. 2023, eq. 2): lambda * MSE on class images of the base."""
 
@@ -37,6 +49,30 @@ class OutputPreservationConfig(Strict):
     weight: float = Field(default=1.0, gt=0)
 
 
+class EarlyStoppingConfig(Strict):
+    """DVAR (Voronov et al. 2023): stop when the loss of fixed samples has levelled off.
+
+    It is measured every `every` steps; early_stopping.py has the rule.
+    """
+
+    window: int = Field(default=10, ge=2, le=10_000)  # measurements
+    epsilon: float = Field(default=0.15, gt=0, le=1)
+    every: int = Field(default=5, ge=1)
+
+
+class ValidationConfig(Strict):
+    """A picture of the subject as it is learned so far, every so many steps."""
+
+    prompt: str = Field(default="a {trigger} {class_noun}", max_length=500)
+    every: int = Field(default=100, ge=1)
+    seed: int = Field(default=0, ge=0, lt=2**32)
+
+    @field_validator("prompt")
+    @classmethod
+    def _known_placeholders(cls, prompt: str) -> str:
+        return check_placeholders(prompt)
+
+
 class TrainingConfig(Strict):
     """Options shared by all methods."""
 
@@ -45,7 +81,7 @@ class TrainingConfig(Strict):
     gradient_accumulation_steps: int = Field(default=1, ge=1, le=256)
     learning_rate: float = Field(default=1e-3, gt=0, le=1)  # SD 1.5: 1e-4
     text_encoder_learning_rate: float = Field(default=1e-4, gt=0, le=1)  # SD 1.5: 1e-5
-    lr_scheduler: Literal["constant", "cosine", "linear"] = "constant"
+    lr_scheduler: Literal["constant", "cosine", "linear", "polynomial"] = "constant"
     lr_warmup_steps: int = Field(default=0, ge=0)
     weight_decay: float = Field(default=1e-2, ge=0)
     max_grad_norm: float = Field(default=1.0, gt=0)
@@ -73,6 +109,9 @@ class TrainingConfig(Strict):
     zero_stage: int | None = Field(default=None, ge=0, le=3)  # None: the operator's setting
     prior: PriorConfig | None = None
     output_preservation: OutputPreservationConfig | None = None  # instead of `prior`
+    ema_decay: float | None = Field(default=None, gt=0, lt=1)  # the adapter is then the average
+    early_stopping: EarlyStoppingConfig | None = None
+    validation: ValidationConfig | None = None
 
     @property
     def reads_ids(self) -> bool:
@@ -87,16 +126,7 @@ class TrainingConfig(Strict):
     @field_validator("prompt")
     @classmethod
     def _known_placeholders(cls, prompt: str) -> str:
-        remedy = "write {trigger} and {class_noun} in it, and no other braces"
-        try:
-            fields = {
-                tuple(field) for _, *field in Formatter().parse(prompt) if field[0] is not None
-            }
-        except ValueError as error:
-            raise ValueError(f"{error}; {remedy}") from None
-        if fields - {("trigger", "", None), ("class_noun", "", None)}:
-            raise ValueError(remedy)
-        return prompt
+        return check_placeholders(prompt)
 
     @model_validator(mode="after")
     def _prompt_has_trigger(self) -> Self:
@@ -247,9 +277,9 @@ class PerfusionConfig(TrainingConfig):
     train_text_encoder: Literal[False] = False
 
     @property
-    def calls(self) -> str:
+    def phrase(self) -> str:
         """The new word stands where the class noun would: its keys are the noun's."""
-        return self.trigger
+        return "{trigger}"
 
 
 class MethodInfo(BaseModel):

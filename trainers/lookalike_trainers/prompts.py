@@ -20,7 +20,7 @@ def instance_captions(caption: str | None, config: TrainingConfig, class_noun: s
         return [config.prompt.format(trigger=config.trigger, class_noun=class_noun)]
     if _mention(config.trigger).search(caption):
         return [caption]
-    subject = config.calls.format(class_noun=class_noun)
+    subject = config.phrase.format(trigger=config.trigger, class_noun=class_noun)
     named, mentions = _mention(class_noun).subn(lambda _: subject, caption, count=1)
     return [named if mentions else f"{subject}, {caption}"]
 

@@ -17,7 +17,6 @@ from lookalike_api.http.shapes import Json, Moment, Page, Paging
 from lookalike_platform.db.tables import AdapterVersion
 from lookalike_platform.errors import NotFound
 from lookalike_registry import versions
-from lookalike_registry.adapter_file import WEIGHTS_NAME
 from lookalike_registry.manifest import Manifest
 from lookalike_registry.register import CANDIDATE, GRID_NAME
 
@@ -136,7 +135,7 @@ def set_alias(
 def get_file(
     context: Lookalike, owner: Owner, name: Name, label: Label, filename: FileName
 ) -> Response:
-    """One of the version's `files`: weights in diffusers' layout, the manifest, the sample grid."""
+    """One of the version's `files`: its weights, the manifest, the sample grid."""
     with context.db.read_session() as session:
         version = versions.resolve(session, owner, f"{name}@{label}")
     if filename == MANIFEST_NAME:
@@ -214,8 +213,9 @@ def _files(version: AdapterVersion) -> list[str]:
 
 def _blobs(version: AdapterVersion) -> dict[str, str]:
     """The version's files that are blobs, with their digests."""
-    grid = version.manifest["evaluation"]["sample_grid"]
-    return {WEIGHTS_NAME: version.digest, **({GRID_NAME: grid} if grid else {})}
+    manifest = Manifest.model_validate(version.manifest)
+    grid = manifest.evaluation.sample_grid
+    return {manifest.weights.file: version.digest, **({GRID_NAME: grid} if grid else {})}
 
 
 def _manifest(version: AdapterVersion) -> str:

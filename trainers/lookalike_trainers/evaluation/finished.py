@@ -33,7 +33,7 @@ def try_out(
     noun = request.class_noun
     scenes = [scene.format(subject=noun) for scene in OPTIONS.prompts]
     base = paint(parts, scenes, OPTIONS.seeds, config.resolution)
-    called = config.calls.format(class_noun=noun)
+    called = config.phrase.format(trigger=config.trigger, class_noun=noun)
     painted = try_on(
         parts, request.method, adapter, config.trigger, called, noun, config.resolution, OPTIONS
     )
