@@ -1,0 +1,200 @@
+"""T-LoRA (Soboleva et al. 2025): the noisier the picture, the fewer ranks learn from it.
+
+    W_t = W - B0 S0 M_t A0 + B S M_t A      M_t: [r, r], ones on the first r(t) of its diagonal
+    r(t) = floor((r - r_min) (T - t) / T) + r_min
+
+At late timesteps t only layout is left to learn, and from few photos it is learned by heart. For
+a mask to take capacity away, the ranks must not say the same thing: B, S and A begin at B0, S0 and
+A0, the last r singular triplets of a random matrix, which are orthogonal and weigh little. They
+are subtracted, so that training begins at W.
+
+It is for the very few photos, one even; r_min = r / 2 in the paper.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from lookalike_platform.errors import FieldProblem, InvalidRequest
+from lookalike_registry.products import Product, loaded_products, saved_products
+from lookalike_registry.safetensors_header import read_header
+from lookalike_registry.tensor_file import ADAPTER_NAME, adapter_info, save_tensors
+from lookalike_trainers.config import TLoraConfig, TrainingConfig, ends_in
+from lookalike_trainers.data import Batch
+from lookalike_trainers.denoiser import Denoiser, checkpoint_gradients
+from lookalike_trainers.methods.method import Card, TakeOff, Wearer
+from lookalike_trainers.methods.products import own_layers, wear_products
+from lookalike_trainers.methods.tokens import TokenRows, learn_rows, saved_rows, wear_words
+from lookalike_trainers.objective import weighted_mse
+
+NAME = "t_lora"
+
+
+class RankMask:
+    """M_t of the timesteps the UNet was last called with; they differ within a batch."""
+
+    def __init__(self, rank: int, min_rank: int, timesteps: int) -> None:
+        self.rank, self.min_rank, self.total = rank, min_rank, timesteps
+        self.ranks = torch.tensor([rank])
+
+    def see(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A UNet's forward pre-hook: note r(t), [n] or, where all share one timestep, [1]."""
+        t = torch.as_tensor(kwargs["timestep"] if "timestep" in kwargs else args[1]).reshape(-1)
+        beyond = (self.rank - self.min_rank) * (self.total - t)
+        self.ranks = torch.div(beyond, self.total, rounding_mode="floor") + self.min_rank
+
+    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
+        """M_t A x of A x [n, tokens, k r], k products side by side."""
+        places = torch.arange(self.rank, device=hidden.device)
+        kept = places < self.ranks.to(hidden.device).unsqueeze(1)
+        return hidden * kept.repeat(1, hidden.shape[-1] // self.rank).unsqueeze(1)
+
+
+class TimedProduct(nn.Module):
+    """A linear layer W with B S M_t A - B0 S0 M_t A0 beside it.
+
+    down: A [r, in]; values: S's diagonal [r]; up: B [out, r].
+    """
+
+    down_0: torch.Tensor
+    values_0: torch.Tensor
+    up_0: torch.Tensor
+
+    def __init__(self, base_layer: nn.Linear, mask: RankMask) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.mask = mask
+        triplets = last_triplets(base_layer.out_features, base_layer.in_features, mask.rank)
+        down, values, up = (start.to(base_layer.weight.device) for start in triplets)
+        self.down, self.values, self.up = (nn.Parameter(f.clone()) for f in (down, values, up))
+        self.register_buffer("down_0", down, persistent=False)
+        self.register_buffer("values_0", values, persistent=False)
+        self.register_buffer("up_0", up, persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        learned = self.mask(functional.linear(x, self.down)) * self.values
+        start = self.mask(functional.linear(x, self.down_0)) * self.values_0
+        change = functional.linear(learned, self.up) - functional.linear(start, self.up_0)
+        answer: torch.Tensor = self.base_layer(x) + change
+        return answer
+
+    def product(self) -> Product:
+        """Both terms as one product of rank 2 r: [B S, -B0 S0] [A; A0]."""
+        return Product(
+            down=torch.cat([self.down, self.down_0]),
+            up=torch.cat([self.up * self.values, -self.up_0 * self.values_0], dim=1),
+        )
+
+
+class TLora:
+    """The method, holding a base's UNet with timed products in it."""
+
+    def __init__(self, parts: Any, config: TLoraConfig) -> None:
+        assert config.resolution is not None
+        self.config = config
+        unet = parts.take("unet")
+        text_encoders = parts.take("text_encoders") if config.reads_ids else []
+        min_rank = config.rank // 2 if config.min_rank is None else config.min_rank
+        self.mask = RankMask(config.rank, min_rank, len(parts.scheduler.alphas_cumprod))
+        self.layers = insert(unet, config.target_modules, self.mask)
+        unet.register_forward_pre_hook(self.mask.see, with_kwargs=True)
+        self.rows: list[TokenRows] = []
+        if config.token_vectors:
+            word = str(config.initializer)
+            self.rows = learn_rows(parts, text_encoders, config.trigger, word)
+        if config.gradient_checkpointing:
+            checkpoint_gradients(unet, text_encoders)
+        self.module = Denoiser(
+            unet,
+            text_encoders,
+            resolution=config.resolution,
+            bf16=config.mixed_precision == "bf16",
+        )
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        products = [
+            p for layer in self.layers.values() for p in (layer.down, layer.values, layer.up)
+        ]
+        groups: list[dict[str, Any]] = [{"params": products, "lr": self.config.learning_rate}]
+        if self.rows:
+            rows = [layer.rows for layer in self.rows]
+            rate = self.config.token_learning_rate
+            groups.append({"params": rows, "lr": rate, "weight_decay": 0.0})
+        return groups
+
+    def loss(self, prediction: torch.Tensor, batch: Batch) -> torch.Tensor:
+        return weighted_mse(prediction, batch.target, batch.weight, batch.mask)
+
+    def save(self, folder: Path, card: Card) -> Path:
+        path = folder / ADAPTER_NAME
+        products = {f"unet.{name}": layer.product() for name, layer in self.layers.items()}
+        about = {
+            "rank": self.mask.rank,
+            "min_rank": self.mask.min_rank,
+            "timesteps": self.mask.total,
+        }
+        tensors = saved_products(products) | saved_rows(self.rows)
+        save_tensors(path, NAME, tensors, about, card.modelspec(NAME))
+        return path
+
+
+def build(parts: Any, config: TrainingConfig) -> TLora:
+    assert isinstance(config, TLoraConfig)
+    return TLora(parts, config)
+
+
+def wear(wearer: Wearer, file: Path, scale: float, word: str) -> TakeOff:
+    """W + scale (W_t - W), t being what the UNet is called with; learned rows know no scale."""
+    from safetensors.torch import load_file
+
+    tensors = load_file(file)
+    mask = RankMask(**adapter_info(read_header(file), file.name).config)
+    watching = wearer.unet.register_forward_pre_hook(mask.see, with_kwargs=True)
+    without_word = wear_words(wearer, tensors, word)
+    without_products = wear_products(wearer, loaded_products(tensors), scale, mask)
+
+    def take_off() -> None:
+        without_products()
+        without_word()
+        watching.remove()
+
+    return take_off
+
+
+def insert(unet: nn.Module, targets: tuple[str, ...], mask: RankMask) -> dict[str, TimedProduct]:
+    """Put timed products beside a frozen UNet's linear layers, given back by the layers' names.
+
+    Raises InvalidRequest if there are no such layers, or one is narrower than the rank.
+    """
+    layers = {
+        name: layer
+        for name, layer in own_layers(unet).items()
+        if ends_in(name, targets) and isinstance(layer, nn.Linear)
+    }
+    if not layers:
+        message = f"no linear layer's name ends in {' or '.join(targets)}"
+        raise InvalidRequest(
+            "This base has no layers to put T-LoRA into by these names.",
+            [FieldProblem("config.targets", message)],
+        )
+    narrowest = min(min(layer.weight.shape) for layer in layers.values())
+    if mask.rank > narrowest:
+        raise InvalidRequest(
+            f"T-LoRA's rank {mask.rank} is larger than a layer of this base.",
+            [FieldProblem("config.rank", f"must be at most {narrowest}, the narrowest layer")],
+        )
+    timed = {name: TimedProduct(layer, mask) for name, layer in layers.items()}
+    for name, layer in timed.items():
+        unet.set_submodule(name, layer)
+    return timed
+
+
+def last_triplets(
+    rows: int, columns: int, rank: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A0 [rank, columns], S0 [rank] and B0 [rows, rank] of a matrix drawn from N(0, 1 / rank^2)."""
+    u, s, vt = torch.linalg.svd(torch.randn(rows, columns) / rank, full_matrices=False)
+    return vt[-rank:].contiguous(), s[-rank:].contiguous(), u[:, -rank:].contiguous()
