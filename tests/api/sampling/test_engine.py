@@ -240,11 +240,13 @@ def test_text_features_are_computed_once_per_text_and_text_encoder_adapters(
     assert (base.embed(PROMPT).features != without.features).any()
 
 
-def test_only_the_bases_used_last_stay(base_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_bases_used_last_stay(
+    base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from lookalike_api.sampling import models
 
-    monkeypatch.setattr(models, "ResidentBase", lambda folder, device: object())
-    bases = models.ResidentBases()
+    monkeypatch.setattr(models, "ResidentBase", lambda folder, device, cache: object())
+    bases = models.ResidentBases(tmp_path)
     first = bases.get("1", base_folder, "cpu")
     second = bases.get("2", base_folder, "cpu")
     assert bases.get("1", base_folder, "cpu") is first
