@@ -78,7 +78,8 @@ class Perfusion:
             bf16=config.mixed_precision == "bf16",
         )
         self.module.concept = concept
-        self.module.register_forward_pre_hook(_follow)
+        # Of the UNet, since ZeRO 3 serves weights only within the module's own forward.
+        unet.register_forward_pre_hook(partial(_follow, self.module))
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Without weight decay: zero is no answer to go back to."""
@@ -209,7 +210,7 @@ def wear(wearer: Wearer, file: Path, scale: float, word: str) -> TakeOff:
     return take_off
 
 
-def _follow(denoiser: Any, _: Any) -> None:
+def _follow(denoiser: Any, _: Any, __: Any) -> None:
     if denoiser.training:
         denoiser.concept.follow(denoiser.text_encoders, denoiser.resolution)
 
