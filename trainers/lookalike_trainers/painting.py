@@ -22,12 +22,15 @@ class Style:
     guidance_scale: float = 4.0
 
 
+STYLE = Style()
+
+
 def paint(
     parts: BaseParts,
     prompts: Sequence[str],
     seeds: Sequence[int],
     resolution: int,
-    style: Style = Style(),
+    style: Style = STYLE,
     on_picture: Callable[[int], object] = lambda done: None,
 ) -> list[list[Image.Image]]:
     """Of each prompt one picture a seed. The same seed starts from the same noise everywhere.

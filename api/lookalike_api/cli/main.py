@@ -5,6 +5,7 @@ import sys
 import typer
 
 from lookalike_api.cli import adapters, bases, demo, doctor, jobs, sampling, services, subjects
+from lookalike_api.cli.dreambench import dreambench
 from lookalike_api.cli.evaluation import evaluate
 from lookalike_api.cli.output import show_error
 from lookalike_api.cli.training import train
@@ -20,6 +21,7 @@ app = typer.Typer(
 app.command()(train)
 app.command()(sampling.sample)
 app.command()(evaluate)
+app.command()(dreambench)
 app.add_typer(subjects.app, name="subjects")
 app.add_typer(jobs.app, name="jobs")
 app.add_typer(adapters.app, name="adapters")

@@ -45,7 +45,7 @@ def train(
         from lookalike_api.cli.connection import connect as connection
     else:
         connection = connect_or_start
-    chosen = {**_read(config), **_parse(options or [])}
+    chosen = {**_read(config), **parse_options(options or [])}
     with connection(url) as look:
         set_id = _subject_set(look, subject, class_noun, concept)
         request: dict[str, Any] = {
@@ -98,7 +98,7 @@ def _read(file: Path | None) -> dict[str, Any]:
     return read
 
 
-def _parse(options: list[str]) -> dict[str, Any]:
+def parse_options(options: list[str]) -> dict[str, Any]:
     """["steps=400", "prior.weight=1"] → {"steps": 400, "prior": {"weight": 1}}.
 
     A value is JSON where it can be, otherwise text.

@@ -59,7 +59,7 @@ class Workshop:
         return Path(f"{contender.name}-{subject.name}")
 
     def paint(
-        self, adapter: Path, prompts: Sequence[str], seeds: Sequence[int]
+        self, contender: Contender, adapter: Path, prompts: Sequence[str], seeds: Sequence[int]
     ) -> list[list[Image.Image]]:
         self.asked.append((adapter.name, tuple(prompts), tuple(seeds)))
         return [[picture(len(prompt) + seed) for seed in seeds] for prompt in prompts]

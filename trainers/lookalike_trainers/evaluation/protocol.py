@@ -19,6 +19,7 @@ from lookalike_platform.files import atomic_write, canonical_digest
 from lookalike_trainers.evaluation.dreambench import Subject
 from lookalike_trainers.evaluation.encoders import Judges
 from lookalike_trainers.evaluation.scores import Paintings, Scores, score
+from lookalike_trainers.evaluation.trial import read_photos
 
 VERSION = 1
 """Counts up when the protocol itself changes what a cell would say."""
@@ -39,8 +40,8 @@ class Contender:
 
 Train = Callable[[Contender, Subject], Path]
 """Gives the adapter's file."""
-Paint = Callable[[Path, Sequence[str], Sequence[int]], list[list[Image.Image]]]
-"""Adapter, prompts, seeds: of each prompt one picture a seed."""
+Paint = Callable[[Contender, Path, Sequence[str], Sequence[int]], list[list[Image.Image]]]
+"""With the contender's adapter, for prompts and seeds: of each prompt one picture a seed."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ def run(
             computed = cell is None
             if cell is None:
                 painted = _paint(protocol, contender, subject, train, paint)
-                real = [Image.open(photo).convert("RGB") for photo in subject.photos]
+                real = read_photos(subject.photos)
                 cell = Cell(
                     contender=contender.name,
                     subject=subject.name,
@@ -131,14 +132,13 @@ def _paint(
     noun = subject.about.class_noun
     called = contender.calls.format(class_noun=noun)
     templates = subject.prompts[: protocol.prompts]
+    asked = [template.format(subject=called) for template in templates]
     seeds = range(protocol.seed, protocol.seed + protocol.images_per_prompt)
     of_class_seeds = range(protocol.seed, protocol.seed + protocol.class_images)
     return Paintings(
         prompts=[template.format(subject=noun) for template in templates],
-        of_subject=paint(
-            adapter, [template.format(subject=called) for template in templates], seeds
-        ),
-        of_class=paint(adapter, [f"a {noun}"], of_class_seeds)[0],
+        of_subject=paint(contender, adapter, asked, seeds),
+        of_class=paint(contender, adapter, [f"a {noun}"], of_class_seeds)[0],
     )
 
 

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
+from PIL import Image, ImageOps
 
 from lookalike_trainers.base_parts import BaseParts
 from lookalike_trainers.evaluation.encoders import open_judges
@@ -78,4 +78,5 @@ def try_on(
 
 
 def read_photos(paths: Sequence[Path]) -> list[Image.Image]:
-    return [Image.open(path).convert("RGB") for path in paths]
+    """Photos, upright."""
+    return [ImageOps.exif_transpose(Image.open(path)).convert("RGB") for path in paths]

@@ -1,0 +1,88 @@
+"""DreamBench on this machine: real trainings of a tiny base, from the command line on."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from lookalike_platform.errors import InvalidRequest
+from lookalike_trainers.evaluation.bench import contender
+from support_cli import Lookalike, runner
+from support_images import photo
+from support_models import save_base
+from support_sampling import LIBRARY_WARNINGS
+
+ROWS = """
+[low]
+method = "lora"
+rank = 1
+
+[high]
+method = "lora"
+rank = 3
+"""
+
+
+@pytest.fixture
+def lookalike(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> Lookalike:
+    monkeypatch.setenv("LOOKALIKE_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("LOOKALIKE_DEVICE", "cpu")
+    return runner(monkeypatch, capsys)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    save_base(tmp_path / "base")
+    (tmp_path / "subjects" / "teapot").mkdir(parents=True)
+    for number in range(3):
+        (tmp_path / "subjects" / "teapot" / f"{number}.jpg").write_bytes(photo(number))
+    (tmp_path / "rows.toml").write_text(ROWS)
+    return tmp_path
+
+
+@pytest.mark.processes
+@pytest.mark.filterwarnings(*[mark.args[0] for mark in LIBRARY_WARNINGS])
+def test_a_table_comes_out_and_nothing_is_computed_twice(
+    lookalike: Lookalike, folder: Path
+) -> None:
+    def bench(*more: object) -> tuple[str, str]:
+        ran = lookalike(
+            "dreambench", folder / "subjects", "--config", folder / "rows.toml",
+            "--base", folder / "base", "--out", folder / "out",
+            "--set", "steps=1", "--set", "batch_size=1",
+            "--prompts", 2, "--images", 2, "--class-images", 2, *more,
+        )  # fmt: skip
+        assert ran.code == 0, ran.err
+        return ran.out, ran.err
+
+    table, first = bench()
+    assert [line.split(" | ")[0] for line in table.splitlines()[2:]] == [
+        "| low",
+        "| high",
+        "| real photos",
+    ]
+    assert (folder / "out" / "table.md").read_text() == table.rstrip("\n") + "\n"
+    assert first.count("trained 1 steps") == 2
+
+    kept, again = bench("--json")
+    assert "trained" not in again
+    assert "low on teapot: known" in again
+    assert set(json.loads(kept)["rows"]) == {"low", "high", "real photos"}
+
+
+def test_options_a_method_does_not_have_are_named_with_their_row() -> None:
+    with pytest.raises(InvalidRequest, match=r"low\.rnk"):
+        contender("low", "lora", {"rnk": 3})
+    with pytest.raises(InvalidRequest, match="no method 'lara'"):
+        contender("low", "lara", {})
+
+
+def test_rows_are_named_in_the_file_or_on_the_command_line_but_not_in_both(
+    lookalike: Lookalike, folder: Path
+) -> None:
+    rows = ("--config", folder / "rows.toml", "--method", "lora")
+    ran = lookalike("dreambench", folder / "subjects", *rows)
+    assert ran.code == 1
+    assert "not both" in ran.err
