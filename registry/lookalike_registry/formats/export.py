@@ -1,0 +1,189 @@
+"""One of our adapter files as the files that other programs load. Torch.
+
+    diffusers   what it is, in diffusers' own layout
+    lora        a LoRA for diffusers, whatever it is: dense changes by truncated SVD
+    kohya       a LoRA, or an embedding, as A1111 and ComfyUI load it
+
+Learned words are a file of their own in all of them.
+"""
+
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lookalike_platform.errors import CapabilityMissing
+from lookalike_platform.files import atomic_write
+from lookalike_registry.adapter_file import WEIGHTS_NAME, LoraCard
+from lookalike_registry.compose.low_rank import compress
+from lookalike_registry.formats import custom_diffusion
+from lookalike_registry.formats.diffusers_lora import save_diffusers
+from lookalike_registry.formats.kohya import to_kohya
+from lookalike_registry.formats.textual_inversion import to_embeddings
+from lookalike_registry.products import Product, loaded_products, read_lora
+from lookalike_registry.safetensors_header import read_header, with_metadata
+from lookalike_registry.tensor_file import METHOD_KEY, adapter_info
+
+EMBEDDINGS_NAME = "learned_embeds.safetensors"
+SHARE = 0.6
+"""Of the sum of a change's singular values, what a LoRA made of it keeps (Kumari et al. 2023)."""
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """One of our files, open. tensors: by their keys in adapter files; none for plain LoRA's."""
+
+    path: Path
+    method: str
+    config: dict[str, Any]
+    card: LoraCard
+    tensors: Mapping[str, torch.Tensor]
+    base_folder: Path
+
+    @property
+    def rows(self) -> dict[str, torch.Tensor]:
+        """Of learned words, by part."""
+        return {k.removeprefix("tokens."): t for k, t in self._of("tokens").items()}
+
+    @property
+    def deltas(self) -> dict[str, torch.Tensor]:
+        return self._of("delta")
+
+    def _of(self, kind: str) -> dict[str, torch.Tensor]:
+        return {k: t for k, t in self.tensors.items() if k.startswith(f"{kind}.")}
+
+
+@dataclass(frozen=True)
+class Exported:
+    """error: of dense changes made thin, ||dW - B A|| / ||dW||; 0 where nothing was left out."""
+
+    files: list[Path]
+    error: float = 0.0
+
+
+def export(path: Path, base_folder: Path, form: str, family: str, folder: Path) -> Exported:
+    """Write the files of a format (`FORMATS`) into the folder.
+
+    Raises CapabilityMissing for an adapter that the format cannot hold.
+    """
+    return FORMATS[form](_open(path, base_folder, family), folder)
+
+
+def _as_diffusers(adapter: Adapter, folder: Path) -> Exported:
+    if adapter.method != custom_diffusion.NAME:
+        if adapter.deltas:
+            raise CapabilityMissing(f"{adapter.method} in diffusers' layout: export it as lora")
+        return _as_lora(adapter, folder)
+    files = [folder / custom_diffusion.WEIGHTS_NAME]
+    _write(files[0], custom_diffusion.to_processors(adapter.deltas, adapter.base_folder), adapter)
+    if adapter.rows:
+        token = f"<{adapter.card.trigger}>"
+        files.append(_words(adapter, token, folder / f"{token}.safetensors"))
+    return Exported(files)
+
+
+def _as_lora(adapter: Adapter, folder: Path) -> Exported:
+    files, error = [], 0.0
+    if adapter.path.name == WEIGHTS_NAME:
+        files.append(Path(shutil.copy(adapter.path, folder / WEIGHTS_NAME)))
+    else:
+        products, error = _products(adapter)
+        if products:
+            files.append(folder / WEIGHTS_NAME)
+            save_diffusers(files[0], products, adapter.card)
+    if adapter.rows:
+        token = f"<{adapter.card.trigger}>"
+        files.append(_words(adapter, token, folder / EMBEDDINGS_NAME))
+    return Exported(files, error)
+
+
+def _as_kohya(adapter: Adapter, folder: Path) -> Exported:
+    files = []
+    products, error = _products(adapter)
+    if products:
+        files.append(folder / f"{adapter.card.title}.safetensors")
+        _write(files[0], to_kohya(products, adapter.base_folder), adapter)
+    if adapter.rows:
+        name = f"{adapter.card.trigger}{'-word' if products else ''}.safetensors"
+        files.append(_words(adapter, None, folder / name))
+    return Exported(files, error)
+
+
+FORMATS: dict[str, Callable[[Adapter, Path], Exported]] = {
+    "diffusers": _as_diffusers,
+    "lora": _as_lora,
+    "kohya": _as_kohya,
+}
+
+
+def _open(path: Path, base_folder: Path, family: str) -> Adapter:
+    from safetensors.torch import load_file
+
+    header = read_header(path)
+    spec = {k.removeprefix("modelspec."): v for k, v in header.metadata.items()}
+    card = LoraCard(
+        title=spec["title"],
+        family=family,
+        resolution=int(spec["resolution"].partition("x")[0]),
+        trigger=spec["trigger_phrase"],
+        prediction_type="v_prediction" if spec["prediction_type"] == "v" else "epsilon",
+        shapes={},
+    )
+    if METHOD_KEY not in header.metadata:
+        return Adapter(path, "lora", {}, card, {}, base_folder)
+    info = adapter_info(header, path.name)
+    return Adapter(path, info.method, info.config, card, load_file(path), base_folder)
+
+
+def _products(adapter: Adapter) -> tuple[dict[str, Product], float]:
+    """The adapter as products, and what that leaves out of it.
+
+    Raises CapabilityMissing where it is neither products nor dense changes.
+    """
+    if not adapter.tensors:
+        return read_lora(adapter.path), 0.0
+    kinds = {key.partition(".")[0] for key in adapter.tensors} - {"tokens"}
+    if (kinds <= {"lora"} and adapter.method == "lora") or not kinds:
+        return loaded_products(adapter.tensors), 0.0
+    if kinds == {"delta"}:
+        return _compressed(adapter.deltas)
+    raise CapabilityMissing(f"{adapter.method} as a LoRA: other programs cannot compute it")
+
+
+def _compressed(deltas: Mapping[str, torch.Tensor]) -> tuple[dict[str, Product], float]:
+    """Each matrix's change by the directions that reach SHARE; biases and norms are left out."""
+    products, missed, size = {}, 0.0, 0.0
+    for key, delta in deltas.items():
+        square = float(delta.double().square().sum())
+        size += square
+        name = key.removeprefix("delta.")
+        if delta.dim() not in (2, 4) or not name.endswith(".weight") or "embedding" in name:
+            missed += square
+        elif square:
+            thin = compress(delta.float(), share=SHARE)
+            missed += square * thin.error**2
+            up = thin.up if delta.dim() == 2 else thin.up[:, :, None, None]
+            products[name.removesuffix(".weight")] = Product(thin.down, up)
+    return products, (missed / size) ** 0.5 if size else 0.0
+
+
+def _words(adapter: Adapter, token: str | None, path: Path) -> Path:
+    _write(path, to_embeddings(adapter.rows, token), adapter)
+    return path
+
+
+def _write(path: Path, tensors: Mapping[str, torch.Tensor], adapter: Adapter) -> None:
+    """With the source's own account of itself, as far as it is meant for other programs."""
+    from safetensors.torch import save
+
+    known = read_header(adapter.path).metadata
+    metadata = {k: v for k, v in known.items() if k.startswith("modelspec.")} | {"format": "pt"}
+    plain = {key: tensor.detach().contiguous() for key, tensor in sorted(tensors.items())}
+    alphas = {int(tensor) for key, tensor in plain.items() if key.endswith(".alpha")}
+    if alphas:
+        metadata["ss_network_module"] = "networks.lora"
+        metadata["ss_network_dim"] = metadata["ss_network_alpha"] = str(max(alphas))
+    atomic_write(path, with_metadata(save(plain), metadata))

@@ -1,0 +1,78 @@
+"""A foreign adapter, recognised by its keys and read as what our own files hold. Torch."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from lookalike_platform.errors import FieldProblem, InvalidRequest
+from lookalike_registry.formats.custom_diffusion import from_processors, is_processors
+from lookalike_registry.formats.diffusers_lora import from_diffusers, is_diffusers_lora
+from lookalike_registry.formats.kohya import from_kohya, is_kohya
+from lookalike_registry.formats.textual_inversion import from_embeddings, is_embeddings
+from lookalike_registry.products import Product, saved_products
+from lookalike_registry.safetensors_header import read_header
+from lookalike_registry.tensor_file import parameter_shapes
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """products: by `<part>.<module>`; tensors: by their keys in adapter files (tensor_file.py)."""
+
+    method: Literal["lora", "textual_inversion", "custom_diffusion"]
+    products: Mapping[str, Product] = field(default_factory=dict)
+    tensors: Mapping[str, torch.Tensor] = field(default_factory=dict)
+
+
+def load(files: Sequence[Path], base_folder: Path) -> Loaded:
+    """One adapter: a file of weights, a file with the rows of its word, or one of each.
+
+    Raises InvalidRequest for what is no safetensors file of a known format or does not fit the
+    base, with the keys.
+    """
+    from safetensors.torch import load_file
+
+    products: dict[str, Product] = {}
+    deltas: dict[str, torch.Tensor] = {}
+    rows: dict[str, torch.Tensor] = {}
+    for path in files:
+        read_header(path)  # refuses pickles and unsound files
+        tensors = load_file(path)
+        words = is_embeddings(tensors)
+        if rows if words else products or deltas:
+            raise InvalidRequest(f"{path.name} is another adapter: import one at a time.")
+        if words:
+            rows = from_embeddings(tensors, _widths(base_folder), path.name)
+        elif is_kohya(tensors):
+            products = from_kohya(tensors, base_folder, path.name)
+        elif is_diffusers_lora(tensors):
+            products = from_diffusers(path)
+        elif is_processors(tensors):
+            deltas = from_processors(tensors, base_folder, path.name)
+        else:
+            raise _unknown(path.name, tensors)
+    learned = {f"tokens.{part}": tensor for part, tensor in rows.items()}
+    if deltas:
+        return Loaded("custom_diffusion", tensors=deltas | learned)
+    if products and learned:
+        return Loaded("lora", tensors=saved_products(products) | learned)
+    if products:
+        return Loaded("lora", products=products)
+    return Loaded("textual_inversion", tensors=learned)
+
+
+def _widths(base_folder: Path) -> dict[str, int]:
+    """Of the rows of each text encoder."""
+    end = ".embeddings.token_embedding.weight"
+    shapes = parameter_shapes(base_folder)
+    return {key.removesuffix(end): shape[1] for key, shape in shapes.items() if key.endswith(end)}
+
+
+def _unknown(filename: str, tensors: Mapping[str, torch.Tensor]) -> InvalidRequest:
+    return InvalidRequest(
+        f"{filename} is no adapter that is understood: LoRA in the layout of diffusers or kohya, "
+        "learned embeddings, or Custom Diffusion's weights.",
+        [FieldProblem(key, "is a key of no known format") for key in tensors],
+    )

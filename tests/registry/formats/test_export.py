@@ -1,0 +1,249 @@
+"""What is exported paints in plain diffusers what it paints here, and comes back the same."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from lookalike_platform.errors import CapabilityMissing, InvalidRequest
+from lookalike_registry.adapter_file import LoraCard, check_against_base
+from lookalike_registry.formats.diffusers_lora import save_diffusers
+from lookalike_registry.formats.export import Exported, export
+from lookalike_registry.formats.kohya import spellings
+from lookalike_registry.formats.load import load
+from lookalike_registry.products import Product
+from lookalike_registry.tensor_file import check_tensors, save_tensors
+from support_formats import diffusers_paints, pipeline, same, saved, we_paint
+
+PROMPT = "a sks dog"
+LORA: dict[str, Any] = {
+    "rank": 2,
+    "alpha": 3.0,
+    "targets": ("attention", "feed_forward", "convolution"),
+    "ranks": {"to_k": 4},
+    "train_text_encoder": True,
+}
+
+
+def exported(file: Path, base: Path, form: str, folder: Path) -> Exported:
+    folder.mkdir(exist_ok=True)
+    return export(file, base, form, base.name, folder)
+
+
+def imported(files: list[Path], base: Path, folder: Path) -> tuple[str, Path]:
+    """A foreign adapter as one of our files, checked."""
+    folder.mkdir(exist_ok=True)
+    loaded = load(files, base)
+    if loaded.products:
+        path = folder / "pytorch_lora_weights.safetensors"
+        card = LoraCard("robot", base.name, 64, "sks", "epsilon", {})
+        save_diffusers(path, loaded.products, card)
+        check_against_base(path, base)
+        return "lora", path
+    path = folder / "adapter.safetensors"
+    about = {"initializer": "dog"}
+    save_tensors(path, loaded.method, loaded.tensors, about, {})
+    check_tensors(path, base)
+    return loaded.method, path
+
+
+@pytest.mark.parametrize("form", ["diffusers", "kohya"])
+def test_a_lora_paints_the_same_there_and_comes_back(base: Path, tmp_path: Path, form: str) -> None:
+    file = saved(base, tmp_path / "own", "lora", **LORA)
+    (made,) = exported(file, base, form, tmp_path / "out").files
+    ours = we_paint(base, PROMPT, "lora", file)
+    assert not same(ours, we_paint(base, PROMPT))
+    pipe = pipeline(base)
+    pipe.load_lora_weights(made.parent, weight_name=made.name)
+    assert same(diffusers_paints(pipe, PROMPT), ours)
+    assert same(we_paint(base, PROMPT, *imported([made], base, tmp_path / "back")), ours)
+
+
+@pytest.mark.parametrize("form", ["diffusers", "kohya"])
+def test_a_learned_word_paints_the_same_there_and_comes_back(
+    base: Path, tmp_path: Path, form: str
+) -> None:
+    file = saved(base, tmp_path / "own", "textual_inversion", token_vectors=2)
+    (made,) = exported(file, base, form, tmp_path / "out").files
+    ours = we_paint(base, PROMPT, "textual_inversion", file)
+    assert not same(ours, we_paint(base, PROMPT))
+    pipe = pipeline(base)
+    if base.name == "sdxl":
+        tensors = load_file(made)
+        for key, number in (("clip_l", ""), ("clip_g", "_2")):
+            pipe.load_textual_inversion(
+                tensors[key],
+                token="<sks>",
+                text_encoder=getattr(pipe, f"text_encoder{number}"),
+                tokenizer=getattr(pipe, f"tokenizer{number}"),
+            )
+    else:
+        pipe.load_textual_inversion(made, token="<sks>" if form == "kohya" else None)
+    assert same(diffusers_paints(pipe, "a <sks> dog"), ours)
+    assert same(we_paint(base, PROMPT, *imported([made], base, tmp_path / "back")), ours)
+
+
+def test_custom_diffusion_paints_the_same_in_diffusers_and_comes_back(
+    base: Path, tmp_path: Path
+) -> None:
+    file = saved(base, tmp_path / "own", "custom_diffusion")
+    files = exported(file, base, "diffusers", tmp_path / "out").files
+    weights, word = files
+    assert word.name == "<sks>.safetensors"
+    ours = we_paint(base, PROMPT, "custom_diffusion", file)
+    if base.name == "sd1":
+        pipe = pipeline(base)
+        pipe.unet.load_attn_procs(weights.parent, weight_name=weights.name, _pipeline=pipe)
+        pipe.load_textual_inversion(word)
+        assert same(diffusers_paints(pipe, "a <sks> dog"), ours)
+    assert same(we_paint(base, PROMPT, *imported(files, base, tmp_path / "back")), ours)
+
+
+def test_custom_diffusion_as_a_lora_keeps_what_its_error_says(base: Path, tmp_path: Path) -> None:
+    file = saved(base, tmp_path / "own", "custom_diffusion")
+    deltas = {k: t for k, t in load_file(file).items() if k.startswith("delta.")}
+    made = exported(file, base, "kohya", tmp_path / "out")
+    assert [path.name for path in made.files] == ["robot.safetensors", "sks-word.safetensors"]
+    products = load([made.files[0]], base).products
+    assert {f"delta.{name}.weight" for name in products} == deltas.keys()
+    missed = size = 0.0
+    for name, product in products.items():
+        delta = deltas[f"delta.{name}.weight"]
+        values = torch.linalg.svdvals(delta.double())
+        kept = len(product.down)
+        assert (
+            float(values[:kept].sum())
+            >= 0.6 * float(values.sum())
+            > float(values[: kept - 1].sum())
+        )
+        missed += float((delta - product.up @ product.down).square().sum())
+        size += float(delta.square().sum())
+    assert made.error == pytest.approx((missed / size) ** 0.5, rel=1e-3)
+    assert 0 < made.error < 0.8
+
+    lora, words = exported(file, base, "lora", tmp_path / "lora").files
+    both = we_paint(base, PROMPT, *imported([lora, words], base, tmp_path / "back"))
+    again = we_paint(base, PROMPT, *imported(made.files, base, tmp_path / "again"))
+    assert same(both, again)
+
+
+def test_pivotal_tuning_is_a_lora_and_a_word(base: Path, tmp_path: Path) -> None:
+    file = saved(base, tmp_path / "own", "lora", rank=2, token_vectors=1)
+    ours = we_paint(base, PROMPT, "lora", file)
+    for form in ("diffusers", "kohya"):
+        files = exported(file, base, form, tmp_path / form).files
+        assert len(files) == 2
+        back = imported(files, base, tmp_path / f"{form} back")
+        assert same(we_paint(base, PROMPT, *back), ours)
+
+
+def test_a_file_of_peft_names_or_without_alpha_is_read(base: Path, tmp_path: Path) -> None:
+    file = saved(base, tmp_path / "own", "lora", rank=2)
+    tensors = load_file(file)
+    expected = load([file], base).products
+    bare = tmp_path / "bare.safetensors"
+    save_file(tensors, bare)
+    peft = tmp_path / "peft.safetensors"
+    short = {".lora.down.": ".lora_A.", ".lora.up.": ".lora_B."}
+    named = {
+        key.replace(theirs, ours): tensor
+        for key, tensor in tensors.items()
+        for theirs, ours in short.items()
+        if theirs in key
+    }
+    save_file(named, peft)
+    for path in (bare, peft):
+        found = load([path], base).products
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[n].up, expected[n].up) for n in found)
+
+
+def test_sdxl_under_kohyas_own_names_is_what_diffusers_makes_of_them(
+    tmp_path: Path, base: Path
+) -> None:
+    """kohya trains SDXL's UNet as it was first published: input_blocks, middle_block, …"""
+    if base.name != "sdxl":
+        pytest.skip("of SDXL")
+    pipe = pipeline(base)
+    published = {
+        spelled: name
+        for spelled, name in spellings(base).items()
+        if any(row in spelled for row in ("input_blocks", "middle_block", "output_blocks"))
+        and "attentions" in name
+    }
+    assert published
+    modules = dict(pipe.unet.named_modules())
+    tensors = {}
+    for spelled, name in published.items():
+        weight = modules[name.removeprefix("unet.")].weight
+        tensors[f"{spelled}.lora_down.weight"] = 0.1 * torch.randn(2, weight.shape[1])
+        tensors[f"{spelled}.lora_up.weight"] = torch.randn(weight.shape[0], 2)
+        tensors[f"{spelled}.alpha"] = torch.tensor(1.0)
+    file = tmp_path / "kohya.safetensors"
+    save_file(tensors, file)
+    pipe.load_lora_weights(file)
+    back = imported([file], base, tmp_path / "back")
+    assert same(we_paint(base, PROMPT, *back), diffusers_paints(pipe, PROMPT))
+
+
+@pytest.mark.parametrize(
+    ("key", "why"),
+    [
+        ("lora_unet_nowhere.lora_down.weight", "is no layer of the base model"),
+        ("lora_unet_mid_block_attentions_0_proj_in.diff", "is not a key"),
+        ("clip_skip", "is not a key"),
+    ],
+)
+def test_keys_that_are_not_understood_refuse_the_file_by_name(
+    base: Path, tmp_path: Path, key: str, why: str
+) -> None:
+    file = saved(base, tmp_path / "own", "lora", rank=2)
+    (made,) = exported(file, base, "kohya", tmp_path / "out").files
+    save_file(load_file(made) | {key: torch.zeros(2, 2)}, made)
+    with pytest.raises(InvalidRequest) as refused:
+        load([made], base)
+    assert [field.path for field in refused.value.fields] == [key]
+    assert why in refused.value.fields[0].message
+
+
+def test_files_of_no_known_format_of_another_base_and_pickles_are_refused(
+    base: Path, tmp_path: Path
+) -> None:
+    strange = tmp_path / "strange.safetensors"
+    save_file({"model.weight": torch.zeros(2)}, strange)
+    with pytest.raises(InvalidRequest) as refused:
+        load([strange], base)
+    assert [field.path for field in refused.value.fields] == ["model.weight"]
+
+    wide = tmp_path / "wide.safetensors"
+    save_file({"emb_params": torch.zeros(1, 7)}, wide)
+    with pytest.raises(InvalidRequest) as refused:
+        load([wide], base)
+    assert "emb_params" in [field.path for field in refused.value.fields]
+
+    pickled = tmp_path / "word.pt"
+    torch.save({"emb_params": torch.zeros(1, 16)}, pickled)
+    with pytest.raises(InvalidRequest, match="pickle"):
+        load([pickled], base)
+
+
+def test_what_a_format_cannot_hold_is_said(base: Path, tmp_path: Path) -> None:
+    dora = saved(base, tmp_path / "dora", "lora", rank=2, dora=True)
+    with pytest.raises(CapabilityMissing, match="DoRA"):
+        exported(dora, base, "kohya", tmp_path / "out")
+    with pytest.raises(CapabilityMissing, match="lora"):
+        exported(saved(base, tmp_path / "full", "dreambooth"), base, "diffusers", tmp_path / "out")
+
+
+def test_alphas_of_each_module_survive(base: Path, tmp_path: Path) -> None:
+    product = Product(torch.randn(3, 16), torch.randn(16, 3))
+    name = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    file = tmp_path / "kohya.safetensors"
+    spelled = f"lora_unet_{name.removeprefix('unet.').replace('.', '_')}"
+    tensors = {"lora_down.weight": product.down, "lora_up.weight": product.up}
+    tensors["alpha"] = torch.tensor(6.0)
+    save_file({f"{spelled}.{key}": tensor for key, tensor in tensors.items()}, file)
+    found = load([file], base).products[name]
+    torch.testing.assert_close(found.up @ found.down, 2 * product.up @ product.down)
