@@ -87,7 +87,7 @@ def admit(
             "config": config.model_dump(mode="json"),
         },
     )
-    return new, preview(session, base, config, settings)
+    return new, preview(session, base, wanted.method, config, settings)
 
 
 def _method(name: str) -> MethodInfo:

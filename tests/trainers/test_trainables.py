@@ -1,0 +1,61 @@
+"""The preview of what trains, against the methods themselves."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lookalike_platform.errors import InvalidRequest
+from lookalike_registry.tensor_file import parameter_shapes
+from lookalike_trainers.base_parts import BaseParts
+from lookalike_trainers.config import METHODS, LoraConfig
+from lookalike_trainers.denoiser import trainable
+from lookalike_trainers.methods.find import builder_of
+from lookalike_trainers.methods.method import Card
+from lookalike_trainers.trainables import count
+from support_models import RESOLUTION, save_base
+
+OPTIONS: dict[str, list[dict[str, Any]]] = {
+    "lora": [
+        {"targets": ("attention", "convolution"), "ranks": {"attention": 3}, "dora": True},
+        {"token_vectors": 2, "train_text_encoder": True},
+    ],
+    "svdiff": [{"train_text_encoder": True, "token_vectors": 1}],
+    "diff_fit": [{"train_text_encoder": True}],
+    "dreambooth": [{"train_text_encoder": True}],
+    "textual_inversion": [{"token_vectors": 5}],
+}
+CASES = [
+    pytest.param(info.name, options, id=f"{info.name}-{number}")
+    for info in METHODS
+    for number, options in enumerate([{}, *OPTIONS.get(info.name, [])])
+]
+
+
+@pytest.fixture(scope="module", params=["sd1", "sdxl"])
+def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_base(tmp_path_factory.mktemp(request.param), request.param)
+
+
+@pytest.mark.parametrize(("name", "options"), CASES)
+def test_as_many_numbers_train_and_are_kept_as_the_preview_says(
+    base: Path, tmp_path: Path, name: str, options: dict[str, Any]
+) -> None:
+    info = next(info for info in METHODS if info.name == name)
+    config = info.config.model_validate({"resolution": RESOLUTION, "initializer": "dog", **options})
+    parts = BaseParts(base, torch.device("cpu"), tmp_path / "cache")
+    if config.token_vectors:
+        parts.learn(config.trigger, config.token_vectors)
+    method = builder_of(name)(parts, config)
+    said = count(parameter_shapes(base), config)
+    assert said.trained == sum(parameter.numel() for parameter in trainable(method.module))
+    file = method.save(tmp_path, Card("robot", "sd1", RESOLUTION, "sks", "epsilon"))
+    header = 8 + int.from_bytes(file.read_bytes()[:8], "little")
+    assert said.kept * 4 == file.stat().st_size - header
+
+
+def test_targets_the_base_does_not_have_are_refused_by_their_field(base: Path) -> None:
+    with pytest.raises(InvalidRequest) as refused:
+        count(parameter_shapes(base), LoraConfig(targets=("to_nothing",)))
+    assert [field.path for field in refused.value.fields] == ["config.targets"]

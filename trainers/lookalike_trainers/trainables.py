@@ -1,0 +1,146 @@
+"""How many numbers each method trains and keeps, from the shapes of a base's files. Torch-free."""
+
+import math
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from lookalike_platform.errors import CapabilityMissing, FieldProblem, InvalidRequest
+from lookalike_trainers.config import (
+    TARGET_GROUPS,
+    TEXT_ATTENTION,
+    CustomDiffusionConfig,
+    DiffFitConfig,
+    DreamBoothConfig,
+    LoraConfig,
+    PerfusionConfig,
+    SvdiffConfig,
+    TextualInversionConfig,
+    TLoraConfig,
+    TrainingConfig,
+    ends_in,
+)
+
+Shapes = Mapping[str, tuple[int, ...]]
+"""Of parameters by `<part>.<name>`, as tensor_file.parameter_shapes gives them."""
+
+BLOCKS_ENDS = ("to_out.0", "ff.net.2", "conv2", "out_proj", "fc2")
+
+
+class Count(NamedTuple):
+    trained: int
+    kept: int
+
+
+def count(shapes: Shapes, config: TrainingConfig) -> Count:
+    """Numbers that train, and numbers in the adapter file, all float32.
+
+    Raises InvalidRequest if the base has no layers of the targets named.
+    """
+    tokens = config.token_vectors * sum(
+        shape[1] for name, shape in shapes.items() if name.endswith("token_embedding.weight")
+    )
+    own = _own(shapes, config)
+    return Count(own.trained + tokens, own.kept + tokens)
+
+
+def _own(shapes: Shapes, config: TrainingConfig) -> Count:
+    """Without learned words."""
+    match config:
+        case LoraConfig():
+            return _alike(_lora(shapes, config))
+        case TLoraConfig():
+            layers = _targeted(shapes, config.target_modules, ())
+            pairs = sum(config.rank * (out + width) for out, width in layers.values())
+            # The file has the products' start too, each half of twice the rank.
+            return Count(pairs + config.rank * len(layers), 2 * pairs)
+        case DreamBoothConfig():
+            thawed = _thawed(shapes, config)
+            return _alike(sum(math.prod(shape) for shape in thawed.values()))
+        case TextualInversionConfig():
+            return _alike(0)
+        case CustomDiffusionConfig():
+            layers = _targeted(shapes, ("attn2.to_k", "attn2.to_v"), ())
+            return _alike(sum(out * width for out, width in layers.values()))
+        case SvdiffConfig():
+            return _alike(sum(min(matrix) for matrix in _matrices(_thawed(shapes, config))))
+        case DiffFitConfig():
+            return _alike(_diff_fit(_thawed(shapes, config)))
+        case PerfusionConfig():
+            values = _targeted(shapes, ("attn2.to_v",), ())
+            answers = sum(out for out, _ in values.values())
+            width = max(width for _, width in values.values())
+            # Keys' answers are as long, and the file has i and C^-1 i.
+            return Count(answers, 2 * answers + 2 * width)
+    raise CapabilityMissing(f"a preview of what a {type(config).__name__} trains")
+
+
+def _alike(numbers: int) -> Count:
+    return Count(numbers, numbers)
+
+
+def _lora(shapes: Shapes, config: LoraConfig) -> int:
+    """A: [rank, in * kernel], B: [out, rank] a targeted layer; DoRA's m: [out]."""
+    texts = TEXT_ATTENTION if config.train_text_encoder else ()
+    total = 0
+    for name, (out, width) in _targeted(shapes, config.target_modules, texts).items():
+        own = (rank for end, rank in config.module_ranks.items() if ends_in(name, (end,)))
+        total += next(own, config.rank) * (out + width) + (out if config.dora else 0)
+    if not total:
+        named, groups = ", ".join(config.targets), ", ".join(TARGET_GROUPS)
+        message = f"the base has no layers named {named}; there are the groups {groups}"
+        raise InvalidRequest(
+            f"Nothing would train: {message}.", [FieldProblem("config.targets", message)]
+        )
+    return total
+
+
+def _targeted(
+    shapes: Shapes, of_unet: tuple[str, ...], of_texts: tuple[str, ...]
+) -> dict[str, tuple[int, int]]:
+    """(out, in * kernel) of the layers whose names end so, by `<part>.<module>`."""
+    return {
+        name.removesuffix(".weight"): (shape[0], math.prod(shape[1:]))
+        for name, shape in shapes.items()
+        if len(shape) in (2, 4)
+        and ends_in(name.removesuffix(".weight"), of_unet if name.startswith("unet.") else of_texts)
+    }
+
+
+def _thawed(shapes: Shapes, config: TrainingConfig) -> dict[str, tuple[int, ...]]:
+    """The UNet's parameters, and those of text encoders where they train.
+
+    Of SDXL's first encoder nobody reads the last layer (methods/dreambooth.py).
+    """
+    texts = ("text_encoder", "text_encoder_2") if config.train_text_encoder else ()
+    unread: tuple[str, ...] = ()
+    if any(name.startswith("text_encoder_2.") for name in shapes):
+        layers = {name.split(".")[3] for name in shapes if name.startswith("text_encoder.encoder.")}
+        last = max(map(int, layers))
+        unread = (f"text_encoder.encoder.layers.{last}.", "text_encoder.final_layer_norm.")
+    return {
+        name: shape
+        for name, shape in shapes.items()
+        if name.partition(".")[0] in ("unet", *texts)
+        and not name.startswith(unread)
+        and not name.endswith("position_ids")  # a buffer that older files have
+    }
+
+
+def _matrices(shapes: Shapes) -> list[tuple[int, int]]:
+    """(out, in * kernel) of linear and convolution layers; embeddings are neither."""
+    return [
+        (shape[0], math.prod(shape[1:]))
+        for name, shape in shapes.items()
+        if len(shape) > 1 and ".embeddings." not in name
+    ]
+
+
+def _diff_fit(shapes: Shapes) -> int:
+    """Biases and norms, and a scale for each channel of a block's last layer."""
+    vectors = {name: shape[0] for name, shape in shapes.items() if len(shape) == 1}
+    scales = [
+        length
+        for name, length in vectors.items()
+        if name.endswith(".bias") and ends_in(name.removesuffix(".bias"), BLOCKS_ENDS)
+    ]
+    return sum(vectors.values()) + sum(scales)
