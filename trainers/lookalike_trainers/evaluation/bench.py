@@ -118,12 +118,14 @@ class Workshop:
             if message["type"] in ("done", "error", "crash"):
                 last = message
             self.on_message(message)
-        if last.get("outcome") == "complete":
-            return
-        problem = last.get("problem", {})
-        raise TrainingFailed(
-            problem.get("detail") or f"The trainer stopped. Its log ends:\n{running.log_tail(12)}"
-        )
+        match last:
+            case {"outcome": "complete"}:
+                return
+            case {"problem": {"detail": detail}}:
+                raise TrainingFailed(detail)
+            case {"detail": detail}:
+                raise TrainingFailed(f"The trainer stopped ({detail}); its log has the story.")
+        raise TrainingFailed(f"The trainer stopped. Its log ends:\n{running.log_tail(12)}")
 
     def _request(
         self, contender: Contender, subject: Subject, folder: Path, key: str
