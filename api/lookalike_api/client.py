@@ -11,10 +11,12 @@ Answers are the API's JSON objects as dictionaries. Every error the API reports 
 LookalikeError it was on the server, with its field paths.
 """
 
+import io
 import json
 import mimetypes
 import re
 import time
+import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -152,7 +154,7 @@ class Client:
     def events(self, job_id: str, *, after: int = 0) -> Iterator[Json]:
         """Follow a job's events to its end, reconnecting where the stream broke off.
 
-        Yields {"type": "state" | "message" | "metrics", "seq", "level", "payload", "created_at"}
+        Yields {"type": "state" | "message" | "metrics" | "image", "seq", "level", "payload", "created_at"}
         once each and in order, and between them {"type": "progress", "payload": {"state", "step",
         "total", …}} snapshots, which are not kept by the server.
         """
@@ -238,6 +240,22 @@ class Client:
             path.write_bytes(self._send("GET", f"{at}/{name}").content)
             saved.append(path)
         return saved
+
+    def export(self, ref: str, form: str, folder: str | Path) -> tuple[list[Path], float]:
+        """Save an adapter version as other programs load it: diffusers, lora or kohya.
+
+        The files, and which part of it (0 to 1) a LoRA could not hold.
+        """
+        version = self.adapter_version(ref)
+        at = f"/v1/adapters/{version['name']}/versions/{version['version']}/export"
+        answer = self._send("GET", at, params={"format": form}, timeout=300.0)
+        target = Path(folder)
+        target.mkdir(parents=True, exist_ok=True)
+        with zipfile.ZipFile(io.BytesIO(answer.content)) as archive:
+            names = [Path(name).name for name in archive.namelist()]
+            for name in names:
+                (target / name).write_bytes(archive.read(name))
+        return [target / name for name in names], float(answer.headers["Lookalike-Left-Out"])
 
     # Pictures
 

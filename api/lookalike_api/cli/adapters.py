@@ -93,5 +93,22 @@ def download(
     show({"files": paths}, as_json, lambda: "\n".join(paths))
 
 
+@app.command()
+def export(
+    ref: Annotated[str, typer.Argument(metavar="NAME[@VERSION or @ALIAS]")],
+    folder: Annotated[Path, typer.Argument(metavar="DIR")],
+    form: Annotated[str, typer.Option("--format", help="diffusers, lora or kohya.")] = "kohya",
+    url: Url = None,
+    as_json: AsJson = False,
+) -> None:
+    """Save a version as other programs load it: kohya is for A1111 and ComfyUI."""
+    with connect(url) as look:
+        saved, left_out = look.export(ref, form, folder)
+    paths = [str(path) for path in saved]
+    note = f"\nA LoRA holds it but for {left_out:.0%} of its change." if left_out else ""
+    report = {"files": paths, "left_out": left_out}
+    show(report, as_json, lambda: "\n".join(paths) + note)
+
+
 def _aliases(aliases: dict[str, int]) -> str:
     return ", ".join(f"{alias} → {version}" for alias, version in sorted(aliases.items()))

@@ -3,8 +3,9 @@
 import json
 import zipfile
 from collections.abc import Iterator
-from tempfile import TemporaryFile
-from typing import IO, Annotated
+from pathlib import Path as FilePath
+from tempfile import TemporaryDirectory, TemporaryFile
+from typing import IO, Annotated, Literal
 
 from fastapi import APIRouter, Path, Query, Response
 from fastapi.responses import FileResponse, StreamingResponse
@@ -14,9 +15,11 @@ from sqlalchemy.orm import Session
 from lookalike_api.http.context import Lookalike, Name, Owner
 from lookalike_api.http.problems import documented
 from lookalike_api.http.shapes import Json, Moment, Page, Paging
+from lookalike_platform import bases
 from lookalike_platform.db.tables import AdapterVersion
-from lookalike_platform.errors import NotFound
+from lookalike_platform.errors import InvalidRequest, NotFound
 from lookalike_registry import versions
+from lookalike_registry.formats.process import export_apart
 from lookalike_registry.manifest import Manifest
 from lookalike_registry.register import CANDIDATE, GRID_NAME
 
@@ -167,6 +170,49 @@ def get_archive(context: Lookalike, owner: Owner, name: Name, label: Label) -> R
         headers={
             "Content-Disposition": f'attachment; filename="{name}-{version.version}.zip"',
             "Content-Length": str(zipped.tell()),
+        },
+    )
+
+
+@router.get(
+    "/{name}/versions/{label}/export",
+    response_class=Response,
+    responses={200: {"content": {"application/zip": {}}}, **documented(404, 422, 501)},
+)
+def export_version(
+    context: Lookalike,
+    owner: Owner,
+    name: Name,
+    label: Label,
+    form: Annotated[Literal["diffusers", "lora", "kohya"], Query(alias="format")],
+) -> Response:
+    """The version as files that other programs load, in one zip.
+
+    `diffusers`: what it is, in diffusers' own layout; `lora`: a LoRA for diffusers, made of dense
+    changes by truncated SVD; `kohya`: a LoRA or an embedding for A1111 and ComfyUI. The header
+    `Lookalike-Left-Out` tells which part of a dense change a LoRA could not hold, 0 to 1.
+    """
+    with context.db.read_session() as session:
+        version = versions.resolve(session, owner, f"{name}@{label}")
+    manifest = Manifest.model_validate(version.manifest)
+    base = bases.resolve(manifest.base.name, context.settings)
+    if base.fingerprint != version.base_fingerprint:
+        raise InvalidRequest(
+            f"{name}@{label} was trained on another base model than the {base.name} that is here."
+        )
+    weights = context.blobs.path(version.digest)
+    zipped = TemporaryFile()  # noqa: SIM115 - closed when it has been sent
+    with TemporaryDirectory() as folder, zipfile.ZipFile(zipped, "w") as archive:
+        made = export_apart(weights, base.folder, form, base.family, FilePath(folder))
+        for path in made.paths:
+            archive.write(path, path.name)
+    return StreamingResponse(
+        _pieces(zipped),
+        media_type="application/zip",
+        headers={
+            "Content-Disposition": f'attachment; filename="{name}-{version.version}-{form}.zip"',
+            "Content-Length": str(zipped.tell()),
+            "Lookalike-Left-Out": f"{made.left_out:.4f}",
         },
     )
 

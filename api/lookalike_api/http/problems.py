@@ -13,6 +13,7 @@ from starlette.exceptions import HTTPException
 from starlette.routing import compile_path
 
 from lookalike_platform.errors import (
+    CapabilityMissing,
     Conflict,
     FieldProblem,
     InvalidRequest,
@@ -53,6 +54,7 @@ EXAMPLES = {
         "1 value of the request is wrong.",
         [FieldProblem("config.rank", "Input should be greater than or equal to 1 (got -4)")],
     ),
+    501: CapabilityMissing("DoRA in kohya's spelling: export it as diffusers"),
     503: NotReady("the broker does not answer (connection refused); start it, or …"),
 }
 

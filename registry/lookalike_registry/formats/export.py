@@ -87,7 +87,7 @@ def _as_diffusers(adapter: Adapter, folder: Path) -> Exported:
 
 def _as_lora(adapter: Adapter, folder: Path) -> Exported:
     files, error = [], 0.0
-    if adapter.path.name == WEIGHTS_NAME:
+    if not adapter.tensors:
         files.append(Path(shutil.copy(adapter.path, folder / WEIGHTS_NAME)))
     else:
         products, error = _products(adapter)

@@ -1,6 +1,7 @@
 import io
 import json
 import zipfile
+from pathlib import Path
 
 import pytest
 
@@ -8,6 +9,7 @@ from lookalike_api.client import Client
 from lookalike_platform.files import sha256_bytes
 from lookalike_platform.ids import new_id
 from lookalike_registry.register import register
+from lookalike_registry.safetensors_header import read_header
 from support_api import Api, problem_of
 from support_registry import METRICS, finished_run, manifest_of
 
@@ -66,6 +68,18 @@ def test_files_are_downloaded_one_by_one_or_as_a_zip(api: Api) -> None:
         assert archive.read(WEIGHTS) == weights.content
     problem = problem_of(api.http.get(f"{at}/files/secret.txt"), 404)
     assert "manifest.json" in problem["detail"]
+
+
+def test_a_version_is_exported_for_other_programs(api: Api, tmp_path: Path) -> None:
+    api.add_version("rex")
+    with Client(api.url) as look:
+        (made,), left_out = look.export("rex", "kohya", tmp_path)
+    assert (made.name, left_out) == ("teapot.safetensors", 0.0)
+    module = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
+    sides = ("alpha", "lora_down.weight", "lora_up.weight")
+    assert sorted(read_header(made).tensors) == [f"{module}.{side}" for side in sides]
+    at = "/v1/adapters/rex/versions/1/export"
+    problem_of(api.http.get(f"{at}?format=gguf"), 422)
 
 
 @pytest.mark.parametrize(
