@@ -29,9 +29,13 @@ def check_placeholders(prompt: str) -> str:
 
 
 class PriorConfig(Strict):
-    """Prior preservation (Ruiz et al. 2023, eq. 2): lambda * MSE on class images of the base."""
+    """Prior preservation (Ruiz et al. 2023, eq. 2): lambda * MSE on class images.
+
+    The base draws them, or `subject_set` has the user's own; their captions are kept.
+    """
 
     weight: float = Field(default=1.0, gt=0)
+    subject_set: str | None = Field(default=None, pattern=r"^set_[0-9a-z]{1,40}$")
     num_images: int = Field(default=32, ge=1, le=2000)
     prompt: str | None = Field(default=None, max_length=500)  # None: "a {class noun}"
     sampler: Literal["ddim", "ddpm", "dpmsolver++", "euler", "unipc"] = "dpmsolver++"
@@ -81,7 +85,7 @@ class TrainingConfig(Strict):
     gradient_accumulation_steps: int = Field(default=1, ge=1, le=256)
     learning_rate: float = Field(default=1e-3, gt=0, le=1)  # SD 1.5: 1e-4
     text_encoder_learning_rate: float = Field(default=1e-4, gt=0, le=1)  # SD 1.5: 1e-5
-    lr_scheduler: Literal["constant", "cosine", "linear", "polynomial"] = "constant"
+    lr_scheduler: Literal["constant", "cosine", "linear"] = "constant"
     lr_warmup_steps: int = Field(default=0, ge=0)
     weight_decay: float = Field(default=1e-2, ge=0)
     max_grad_norm: float = Field(default=1.0, gt=0)
@@ -211,6 +215,22 @@ class TLoraConfig(TrainingConfig):
         return self
 
 
+class EdLoraConfig(TrainingConfig):
+    """ED-LoRA (Mix-of-Show, Gu et al. 2023): a word of two tokens with rows for each layer."""
+
+    rank: int = Field(default=4, ge=1, le=256)
+    prompt: str = Field(default="a {trigger}", max_length=500)
+    token_vectors: Literal[2] = 2
+    token_learning_rate: float = Field(default=5e-3, gt=0, le=1)  # SD 1.5: 1e-3
+    train_text_encoder: Literal[True] = True
+    noise_offset: float = Field(default=0.01, ge=0, le=1)
+
+    @property
+    def phrase(self) -> str:
+        """The word's second token starts as the class noun, and stands for it."""
+        return "{trigger}"
+
+
 class CustomDiffusionConfig(TrainingConfig):
     """Custom Diffusion (Kumari et al. 2023): the cross-attention's K and V, and one new word."""
 
@@ -308,6 +328,13 @@ METHODS = [
         wear="lookalike_trainers.methods.t_lora:wear",
     ),
     MethodInfo(
+        name="ed_lora",
+        summary="LoRA with a new word for each layer of the UNet; concepts keep apart in a merge.",
+        config=EdLoraConfig,
+        entry="lookalike_trainers.methods.ed_lora:build",
+        wear="lookalike_trainers.methods.ed_lora:wear",
+    ),
+    MethodInfo(
         name="custom_diffusion",
         summary="The UNet's cross-attention keys and values, and a new word.",
         config=CustomDiffusionConfig,
@@ -373,6 +400,7 @@ class RunRequest(Strict):
     base_family: str
     prediction_type: str
     images: list[RunImage]
+    class_images: list[RunImage] = []  # the user's own; else the base draws them
     cache: Path
     clip_encoder: str | None = None
     dino_encoder: str | None = None

@@ -30,16 +30,23 @@ class TokenRows(nn.Module):
 
     Args:
         norm: the length every row is held at; None: each has its own.
+        layers: rows a token has, one for each layer that reads it (ED-LoRA): the rows [count *
+            layers, width] are token by token, and the ids each prompt `layers` times in a row.
     """
 
     def __init__(
-        self, table: nn.Embedding, rows: torch.Tensor, first: int, norm: float | None = None
+        self,
+        table: nn.Embedding,
+        rows: torch.Tensor,
+        first: int,
+        norm: float | None = None,
+        layers: int = 1,
     ) -> None:
         super().__init__()
         self.table = table
         self.norm = norm
         self.rows = nn.Parameter(self._held(rows.detach().float()).clone())
-        self.first, self.count = first, len(rows)
+        self.first, self.count, self.layers = first, len(rows) // layers, layers
 
     def vectors(self) -> torch.Tensor:
         """The rows as the encoder reads them, [count, width]."""
@@ -57,14 +64,18 @@ class TokenRows(nn.Module):
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         learned = (ids >= self.first) & (ids < self.first + self.count)
         known = self.table(ids.masked_fill(learned, 0))
-        rows = self.vectors().to(known.dtype)[(ids - self.first).clamp(0, self.count - 1)]
+        token = (ids - self.first).clamp(0, self.count - 1)
+        layer = torch.arange(len(ids), device=ids.device).unsqueeze(1) % self.layers
+        rows = self.vectors().to(known.dtype)[token * self.layers + layer]
         return torch.where(learned.unsqueeze(-1), rows, known)
 
 
-def add_rows(encoder: Any, rows: torch.Tensor, first: int, norm: float | None = None) -> TokenRows:
-    """Give an encoder learned rows [count, width] for the ids from `first` on."""
+def add_rows(
+    encoder: Any, rows: torch.Tensor, first: int, norm: float | None = None, layers: int = 1
+) -> TokenRows:
+    """Give an encoder learned rows [count * layers, width] for the ids from `first` on."""
     owner = embeddings(encoder)
-    owner.token_embedding = TokenRows(owner.token_embedding, rows, first, norm)
+    owner.token_embedding = TokenRows(owner.token_embedding, rows, first, norm, layers)
     return owner.token_embedding
 
 
@@ -112,7 +123,9 @@ def saved_rows(layers: Sequence[TokenRows]) -> dict[str, torch.Tensor]:
     }
 
 
-def wear_words(wearer: Wearer, tensors: Mapping[str, torch.Tensor], word: str) -> TakeOff:
+def wear_words(
+    wearer: Wearer, tensors: Mapping[str, torch.Tensor], word: str, layers: int = 1
+) -> TakeOff:
     """Let `word` in prompts stand for the rows `tokens.<part>` of an adapter file, if it has any.
 
     The names stay known to the tokenizers when the word is taken off, for these cannot forget:
@@ -129,10 +142,10 @@ def wear_words(wearer: Wearer, tensors: Mapping[str, torch.Tensor], word: str) -
     ):
         if own is None:
             raise InvalidRequest(f"The adapter has learned words, but none for {name}.")
-        names = token_names(word, len(own))
+        names = token_names(word, len(own) // layers)
         tokenizer.add_tokens(names)
         first = tokenizer.convert_tokens_to_ids(names[0])
-        layer = add_rows(encoder, own.to(encoder.device), first)
+        layer = add_rows(encoder, own.to(encoder.device), first, layers=layers)
         added.append((encoder, layer.requires_grad_(False)))
         wearer.learned[word] = names
 
