@@ -6,18 +6,25 @@ from typing import Any
 
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageChops
 from safetensors.torch import load_file, save_file
 
 from lookalike_platform.files import sha256_file
 from lookalike_registry.adapter_file import WEIGHTS_NAME, check_against_base
+from lookalike_trainers.base_parts import BaseParts
 from lookalike_trainers.config import LoraConfig
 from lookalike_trainers.launcher import launch
+from lookalike_trainers.methods.lora import wear
+from lookalike_trainers.painting import paint
 from support_images import photo
 from support_models import save_base
 from support_ranks import run_request
 
-pytestmark = pytest.mark.processes
+pytestmark = [
+    pytest.mark.processes,
+    # diffusers' samplers, under NumPy 2
+    pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept:DeprecationWarning"),
+]
 
 
 @pytest.fixture
@@ -52,6 +59,7 @@ def test_two_processes_with_shared_weights_train_evaluate_and_leave_a_result(fol
         batch_size=1,
         train_text_encoder=True,
         prior={"num_images": 2, "steps": 2},
+        validation={"every": 3, "seed": 5},
     )
     assert code == 0, (folder / "run" / "log.txt").read_text()[-4000:]
     stages = [m["stage"] for m in said if m["type"] == "stage"]
@@ -72,6 +80,16 @@ def test_two_processes_with_shared_weights_train_evaluate_and_leave_a_result(fol
     assert summary["final_loss"] == metrics[-1]["loss"]
     with Image.open(result / "samples.png") as grid:
         assert grid.width == 4 * 64  # two seeds of the base beside two of the adapter
+
+    # What it drew on the way is what its adapter paints afterwards.
+    (drawn,) = (m for m in said if m["type"] == "validation")
+    assert drawn["step"] == 3
+    parts = BaseParts(folder / "base", torch.device("cpu"))
+    wear(parts, result / WEIGHTS_NAME, 1.0, "sks")
+    ((painted,),) = paint(parts, ["a sks dog"], [5], 64)
+    with Image.open(drawn["file"]) as picture:
+        difference = ImageChops.difference(picture, painted)
+    assert max(high for _, high in difference.getextrema()) <= 2
 
 
 def test_a_run_that_diverges_says_step_cause_and_remedy_and_leaves_no_result(folder: Path) -> None:

@@ -11,6 +11,9 @@ from lookalike_trainers.denoiser import Denoiser
 from lookalike_trainers.draws import Draw, bucket_turn, draw
 from lookalike_trainers.objective import NoiseSchedule
 
+EVALUATED = 8
+"""Samples whose loss early stopping follows."""
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -77,7 +80,7 @@ class Reference:
 class TrainingData:
     """Everything a step needs. `texts`: table of features or ids; row 0 is the empty prompt.
 
-    reference: where the base's output is preserved.
+    reference: where the base's output is preserved. validation: row of the validation prompt.
     """
 
     buckets: list[Bucket]
@@ -86,6 +89,7 @@ class TrainingData:
     scaling_factor: float
     config: TrainingConfig
     reference: Reference | None = None
+    validation: int | None = None
 
     def batch(self, step: int, micro: int, rank: int, world: int) -> Batch:
         """This rank's share of the step's micro-batch number `micro`; all of it of one bucket."""
@@ -107,27 +111,47 @@ class TrainingData:
             return side_by_side(batch, preserved, config.output_preservation.weight)
         return batch
 
+    def evaluation(self) -> list[Batch]:
+        """The same photos under the same noise, however often it is asked for; a batch a bucket.
+
+        Plain errors: their weights make one mean of them all.
+        """
+        photos = [(n, views) for n, bucket in enumerate(self.buckets) for views in bucket.photos]
+        chosen: dict[int, list[Sample]] = {}
+        for place in range(EVALUATED):
+            bucket, views = photos[place % len(photos)]
+            luck = self._draw(0, place, place, [views], "evaluation")
+            sample = (views[0], replace(luck, drop_caption=False))
+            chosen.setdefault(bucket, []).append(sample)
+        batches = [self._batch(samples) for samples in chosen.values()]
+        return [replace(b, weight=torch.full_like(b.weight, 1 / EVALUATED)) for b in batches]
+
     def _samples(
         self, photos: list[list[View]], step: int, start: int, places: range, of: str
     ) -> list[Sample]:
         """What each place of the step learns; `start`: places that earlier steps have filled."""
         samples = []
         for place in places:
-            luck = draw(
-                self.config.seed,
-                step,
-                place,
-                position=start + place,
-                photos=len(photos),
-                timesteps=self.schedule.timesteps,
-                caption_dropout=self.config.caption_dropout,
-                noise_offset=self.config.noise_offset,
-                shape=tuple(photos[0][0].moments.mean.shape),
-                of=of,
-            )
+            luck = self._draw(step, place, start + place, photos, of)
             views = photos[luck.photo]
             samples.append((views[int(luck.look * len(views))], luck))
         return samples
+
+    def _draw(
+        self, step: int, place: int, position: int, photos: list[list[View]], of: str
+    ) -> Draw:
+        return draw(
+            self.config.seed,
+            step,
+            place,
+            position=position,
+            photos=len(photos),
+            timesteps=self.schedule.timesteps,
+            caption_dropout=self.config.caption_dropout,
+            noise_offset=self.config.noise_offset,
+            shape=tuple(photos[0][0].moments.mean.shape),
+            of=of,
+        )
 
     def _batch(self, samples: list[Sample]) -> Batch:
         """Samples as they are to be learned; their weights are those of a mean over them."""

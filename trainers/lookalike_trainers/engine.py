@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from lookalike_platform.errors import TrainingFailed
+from lookalike_trainers.average import Average
 from lookalike_trainers.config import TrainingConfig
 
 NEVER = 10**9
@@ -32,6 +33,7 @@ class Engine:
     world: int
     zero_stage: int
     device: torch.device
+    average: Average | None = None
 
     def set_learning_rates(self, factor: float) -> None:
         for group, rate in zip(self.optimizer.param_groups, self.base_rates, strict=True):
@@ -56,10 +58,15 @@ class Engine:
             trainables = [p for group in self.optimizer.param_groups for p in group["params"]]
             norm = float(torch.nn.utils.clip_grad_norm_(trainables, self.max_grad_norm))
             if math.isfinite(norm):
-                self.model.step()
+                self._take_step()
             return norm
-        self.model.step()
+        self._take_step()
         return float(self.model.get_global_grad_norm())
+
+    def _take_step(self) -> None:
+        self.model.step()
+        if self.average:
+            self.average.update()
 
     def sum(self, values: list[float]) -> list[float]:
         """Each value summed over the processes."""
@@ -134,6 +141,7 @@ def make_engine(
     model, prepared = accelerator.prepare(module, optimizer)
     # accelerate has told transformers to partition every model it loads from now on (ZeRO 3).
     unset_hf_deepspeed_config()
+    average = Average(module, config.ema_decay) if config.ema_decay else None
     if zero_stage == 0:
         # By itself DeepSpeed walks over all modules of the frozen base twice in every step: to
         # clear gradients, and to average them, even those of a process that is alone.
@@ -148,6 +156,7 @@ def make_engine(
         world=world,
         zero_stage=zero_stage,
         device=device,
+        average=average,
     )
     kind = accelerator.distributed_type
     if kind != DistributedType.DEEPSPEED or type(model).__name__ != "DeepSpeedEngine":

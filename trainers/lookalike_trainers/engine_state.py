@@ -2,6 +2,7 @@
 
     weight/<parameter>, exp_avg/<parameter>, exp_avg_sq/<parameter>    fp32, of its shape
     buffer/<buffer>                                                    the module's persistent ones
+    average/<parameter>                                                with ema_decay
     step                                                               optimiser steps taken
 
 The tensors are those of one process without ZeRO, so a run may go on with another number of
@@ -26,6 +27,8 @@ def gather(engine: Engine, module: nn.Module) -> dict[str, torch.Tensor]:
         tensors[f"weight/{name}"] = _get(engine, parameter, None)
         for moment in MOMENTS:
             tensors[f"{moment}/{name}"] = _get(engine, parameter, moment)
+        if engine.average:
+            tensors[f"average/{name}"] = engine.average.whole(name)
     tensors |= {f"buffer/{name}": buffer for name, buffer in _buffers(module)}
     state = next(iter(_optimizer(engine).state.values()))
     tensors["step"] = torch.as_tensor(state["step"])
@@ -38,6 +41,9 @@ def scatter(engine: Engine, module: nn.Module, tensors: dict[str, torch.Tensor])
     Raises KeyError if the state is of other trainables.
     """
     _allocate(engine, tensors["step"])
+    if engine.average:
+        averages = {name: tensors[f"average/{name}"] for name, _ in _trainables(module)}
+        engine.average.load(int(tensors["step"]), averages)
     for name, parameter in _trainables(module):
         with _whole(engine, parameter), torch.no_grad():
             parameter.copy_(tensors[f"weight/{name}"])

@@ -6,10 +6,12 @@ Torch-free. What is said is passed on as the job's state, progress and events.
 import logging
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 from celery import signals
 
+from lookalike_platform.blobs import BlobStore
 from lookalike_platform.db.engine import Database
 from lookalike_platform.errors import LookalikeError
 from lookalike_platform.jobs import lease as leases
@@ -31,6 +33,7 @@ _shutting_down = threading.Event()
 
 def follow(
     db: Database,
+    blobs: BlobStore,
     lease: Lease,
     hold: Hold,
     running: Launch,
@@ -44,7 +47,7 @@ def follow(
     """
     watcher = _Watcher(hold, running)
     watcher.start()
-    reporter = _Reporter(db, lease)
+    reporter = _Reporter(db, blobs, lease)
     try:
         for message in running.messages():
             reporter.tell(message)
@@ -95,8 +98,8 @@ class _Watcher(threading.Thread):
 class _Reporter:
     """Turns what rank 0 says into the job's state, progress and events."""
 
-    def __init__(self, db: Database, lease: Lease) -> None:
-        self.db, self.lease = db, lease
+    def __init__(self, db: Database, blobs: BlobStore, lease: Lease) -> None:
+        self.db, self.blobs, self.lease = db, blobs, lease
         self.outcome: str | None = None
         self.failure: dict[str, Any] | None = None
         self._progress_at = self._metric_at = 0.0
@@ -110,6 +113,12 @@ class _Reporter:
             case "checkpoint":
                 text = f"checkpoint of step {message['step']}"
                 self._message({"text": text, "step": message["step"]})
+            case "message":
+                self._message({"text": message["text"]})
+            case "validation":
+                picture = {"sha256": self.blobs.put_file(Path(message["file"]))}
+                picture |= {key: message[key] for key in ("step", "prompt")}
+                leases.event(self.db, self.lease, "image", picture)
             case "resumed":
                 leases.resumed(self.db, self.lease, message["step"])
             case "done":

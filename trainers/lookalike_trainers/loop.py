@@ -11,6 +11,8 @@ from lookalike_platform.errors import LookalikeError
 from lookalike_trainers import checkpoint
 from lookalike_trainers.config import TrainingConfig
 from lookalike_trainers.data import TrainingData
+from lookalike_trainers.early_stopping import LOSS as EVALUATION_LOSS
+from lookalike_trainers.early_stopping import evaluation_loss, settled
 from lookalike_trainers.engine import Engine
 from lookalike_trainers.methods.method import Method
 
@@ -32,7 +34,8 @@ class Diverged(LookalikeError):
 
 @dataclass(frozen=True)
 class Trained:
-    """How the loop ended; metrics: {"step", "loss", "learning_rate", "time"} of every step."""
+    """How the loop ended; metrics: {"step", "loss", "learning_rate", "time"} of every step, and
+    "evaluation_loss" where early stopping measured it."""
 
     outcome: Literal["complete", "stopped"]
     metrics: list[dict[str, float]]
@@ -46,11 +49,14 @@ def train(
     checkpoints: Path,
     should_stop: Callable[[], bool],
     say: Say,
+    on_step: Callable[[int], None] = lambda step: None,
 ) -> Trained:
-    """Train from the newest valid checkpoint, or from the start, to `config.steps`.
+    """Train from the newest valid checkpoint, or from the start, to `config.steps` or to where
+    early stopping finds nothing more to learn. The weights it leaves are those of the adapter.
 
     Args:
         should_stop: asked on rank 0 before each step; all processes then save and stop together.
+        on_step: called in all processes with the number of steps done, after each.
 
     Raises:
         Diverged: on all processes; the newest checkpoint is one from before.
@@ -72,7 +78,10 @@ def train(
         saved = step
         say({"type": "checkpoint", "step": step})
 
-    for step in range(first, config.steps):
+    fixed = [b.to(engine.device) for b in data.evaluation()] if config.early_stopping else []
+    done = settled(metrics, config.early_stopping)
+    step = first
+    while step < config.steps and not done:
         factor = learning_rate_factor(config, step)
         engine.set_learning_rates(factor)
         wants_stop = engine.rank == 0 and should_stop()
@@ -89,12 +98,23 @@ def train(
                 "time": time.time(),
             }
         )
+        step += 1
+        if config.early_stopping and step % config.early_stopping.every == 0:
+            metrics[-1][EVALUATION_LOSS] = evaluation_loss(engine, fixed)
+        done = step == config.steps or settled(metrics, config.early_stopping)
         now = time.monotonic()
-        if now - reported >= REPORT_SECONDS or step == first or step + 1 == config.steps:
+        if now - reported >= REPORT_SECONDS or step == first + 1 or done:
             reported = now
-            say(_progress(metrics[-1], config.steps, (now - started) / (step + 1 - first)))
-        if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps:
-            save(step + 1)
+            total = step if done else config.steps
+            say(_progress(metrics[-1], total, (now - started) / (step - first)))
+        if step % config.checkpoint_every == 0 or done:
+            save(step)
+        on_step(step)
+    if step < config.steps:
+        text = f"The loss has levelled off: stopped after {step} of {config.steps} steps."
+        say({"type": "message", "level": "info", "text": text})
+    if engine.average:
+        engine.average.take_over()
     return Trained("complete", metrics)
 
 

@@ -12,18 +12,17 @@ import torch
 
 from lookalike_datasets.features.cache import component_digest
 from lookalike_datasets.features.latents import Moments, moments
-from lookalike_datasets.features.prior import PriorImages, PriorRequest, prior_images
+from lookalike_datasets.features.prior import PriorRequest, prior_images
 from lookalike_datasets.features.text import text_features
-from lookalike_datasets.features.views import Photo
 from lookalike_platform.conditioning import Text
 from lookalike_platform.errors import CapabilityMissing
 from lookalike_platform.files import canonical_digest
 from lookalike_trainers.base_parts import BaseParts
-from lookalike_trainers.config import RunRequest, TrainingConfig
+from lookalike_trainers.config import RunImage, RunRequest, TrainingConfig
 from lookalike_trainers.data import Bucket, Reference, TrainingData, View
 from lookalike_trainers.denoiser import Denoiser
 from lookalike_trainers.objective import NoiseSchedule
-from lookalike_trainers.prompts import class_caption, class_prompt
+from lookalike_trainers.prompts import class_caption, class_prompt, validation_prompt
 from lookalike_trainers.views import Shown, class_views, views_by_shape
 
 Say = Callable[[dict[str, Any]], None]
@@ -41,17 +40,14 @@ def prepare(
     _check(config, parts)
     say({"type": "stage", "stage": "caching"})
     photos = views_by_shape(request, config, _multiple(parts))
-    drawn = _prior_images(request, config, parts, say)
+    of_class = _class_images(request, config, parts, say)
     class_images = {
-        shape: class_views(
-            [Photo(*file) for file in zip(drawn.paths, drawn.digests, strict=True)],
-            shape,
-            config,
-            request.class_noun,
-        )
-        for shape in photos
+        shape: class_views(of_class, shape, config, request.class_noun) for shape in photos
     }
-    words = _Words([*photos.values(), *class_images.values()], config, request.class_noun)
+    validation = validation_prompt(config, request.class_noun)
+    words = _Words(
+        [*photos.values(), *class_images.values()], validation, config, request.class_noun
+    )
 
     def views(images: list[list[Shown]]) -> list[list[View]]:
         encoded = iter(_moments(list(chain(*images)), request, parts))
@@ -69,9 +65,10 @@ def prepare(
         scaling_factor=float(_component(parts, "vae").get("scaling_factor", 0.18215)),
         config=config,
         reference=_reference(words.of_class, request, config, parts),
+        validation=words.prompts.index(validation) if validation else None,
     )
     parts.release()
-    return data, canonical_digest(drawn.digests) if config.prior else None
+    return data, _digest_of(of_class) if config.prior else None
 
 
 class _Words:
@@ -83,13 +80,18 @@ class _Words:
     """
 
     def __init__(
-        self, images: list[list[list[Shown]]], config: TrainingConfig, class_noun: str
+        self,
+        images: list[list[list[Shown]]],
+        validation: str | None,
+        config: TrainingConfig,
+        class_noun: str,
     ) -> None:
         captions = [shown.caption for shown in chain(*chain(*images))]
         self._plain = {c: class_caption(c, config, class_noun) for c in captions}
         asked = self._plain.values() if config.output_preservation else ()
         self.of_class = list(dict.fromkeys(["", *asked]))
-        self.prompts = list(dict.fromkeys([*self.of_class, *captions]))
+        others = [*captions, validation] if validation else captions
+        self.prompts = list(dict.fromkeys([*self.of_class, *others]))
 
     def view(self, shown: Shown, moments: Moments) -> View:
         plain = self._plain[shown.caption]
@@ -112,15 +114,20 @@ def _moments(shown: list[Shown], request: RunRequest, parts: BaseParts) -> list[
     return [of[view.photo, view.cut] for view in shown]
 
 
-def _prior_images(
+def _digest_of(images: list[RunImage]) -> str:
+    return canonical_digest([image.sha256 for image in images])
+
+
+def _class_images(
     request: RunRequest, config: TrainingConfig, parts: BaseParts, say: Say
-) -> PriorImages:
-    if not config.prior:
-        return PriorImages([], [])
+) -> list[RunImage]:
+    """The user's own, or else the base's."""
+    if request.class_images or not config.prior:
+        return request.class_images
     assert config.resolution is not None
     say({"type": "stage", "stage": "prior"})
     with torch.inference_mode():
-        return prior_images(
+        drawn = prior_images(
             PriorRequest(
                 base_fingerprint=request.base_fingerprint,
                 prompt=class_prompt(config, request.class_noun),
@@ -135,6 +142,8 @@ def _prior_images(
             request.cache / "prior",
             lambda done, total: say({"type": "prior", "done": done, "total": total}),
         )
+    files = zip(drawn.paths, drawn.digests, strict=True)
+    return [RunImage(path=path, sha256=digest) for path, digest in files]
 
 
 def _features(

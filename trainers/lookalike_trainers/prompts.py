@@ -37,6 +37,12 @@ def class_prompt(config: TrainingConfig, class_noun: str) -> str:
     return given or f"a {class_noun}"
 
 
+def validation_prompt(config: TrainingConfig, class_noun: str) -> str | None:
+    """What is drawn while training goes on."""
+    given = config.validation and config.validation.prompt
+    return given.format(trigger=config.trigger, class_noun=class_noun) if given else None
+
+
 def _mention(words: str) -> re.Pattern[str]:
     """The words as a whole, in any case: "cat" is not in "caterpillar"."""
     return re.compile(rf"(?<!\w){re.escape(words)}(?!\w)", re.IGNORECASE)

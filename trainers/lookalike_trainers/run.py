@@ -65,6 +65,8 @@ def run(folder: Path, say: Say) -> str:
     from lookalike_trainers.loop import train
     from lookalike_trainers.methods.find import builder_of
     from lookalike_trainers.prepare import prepare
+    from lookalike_trainers.prompts import validation_prompt
+    from lookalike_trainers.validation import Validation
 
     check_encoders(request.clip_encoder, request.dino_encoder)  # before the work, not after it
     world = int(os.environ["WORLD_SIZE"])
@@ -85,7 +87,9 @@ def run(folder: Path, say: Say) -> str:
         zero_stage=request.zero_stage,
     )
     stop = folder / "stop"
-    trained = train(method, data, engine, config, folder / "checkpoints", stop.exists, say)
+    prompt = validation_prompt(config, request.class_noun)
+    draw = Validation(engine, data, parts, config, prompt, folder / "validation", say)
+    trained = train(method, data, engine, config, folder / "checkpoints", stop.exists, say, draw)
     if trained.outcome == "stopped":
         return "stopped"
     with engine.whole(method.module):

@@ -65,7 +65,7 @@ def _train_and_register(
         warm(settings)  # MLflow gets ready while the run trains
         running = launch(run_request(job, blobs, settings), folder)
         try:
-            if not follow(db, lease, hold, running, TrainingFailed):
+            if not follow(db, blobs, lease, hold, running, TrainingFailed):
                 return None
         finally:
             end(running, settings)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from PIL import Image
 
 from lookalike_datasets.features.views import Cut, Photo
-from lookalike_trainers.config import RunRequest, TrainingConfig
+from lookalike_trainers.config import RunImage, RunRequest, TrainingConfig
 from lookalike_trainers.prompts import class_prompt, instance_captions
 
 Shape = tuple[int, int]
@@ -93,14 +93,17 @@ def _sized(middle: Shown, number: int) -> Shown:
 
 
 def class_views(
-    images: Sequence[Photo], shape: Shape, config: TrainingConfig, class_noun: str
+    images: Sequence[RunImage], shape: Shape, config: TrainingConfig, class_noun: str
 ) -> list[list[Shown]]:
     """Class images cut to the shape of the photos beside which they are learned."""
     cuts = [Cut(*shape)]
     if config.random_flip:
         cuts.append(Cut(*shape, mirrored=True))
     prompt = class_prompt(config, class_noun)
-    return [[Shown(image, cut, prompt) for cut in cuts] for image in images]
+    return [
+        [Shown(Photo(image.path, image.sha256), cut, image.caption or prompt) for cut in cuts]
+        for image in images
+    ]
 
 
 def _nearest(photo: Photo, resolution: int, multiple: int) -> Shape:

@@ -29,7 +29,7 @@ BATCH = 200
 
 class EventView(View):
     seq: int
-    type: Literal["state", "message", "metrics"]
+    type: Literal["state", "message", "metrics", "image"]
     level: Literal["info", "warning", "error"]
     payload: Json
     created_at: Moment

@@ -3,7 +3,7 @@
 from dataclasses import asdict
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Header, Query, Request, Response
+from fastapi import APIRouter, Header, Path, Query, Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import AliasChoices, BaseModel, Field
 from sqlalchemy import select
@@ -15,11 +15,15 @@ from lookalike_api.http.context import Id, IdempotencyKey, Lookalike, Owner
 from lookalike_api.http.problems import documented
 from lookalike_api.http.shapes import Json, Moment, Page, Paging, Parameters, View
 from lookalike_api.http.training import JobRequest, admit, complete_config
-from lookalike_platform.db.tables import Attempt
+from lookalike_platform.db.tables import Attempt, JobEvent
+from lookalike_platform.errors import NotFound
 from lookalike_platform.jobs import store
 from lookalike_trainers.cost import Cost
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
+
+
+Digest = Annotated[str, Path(pattern=r"^[0-9a-f]{64}$")]
 
 
 class JobView(View):
@@ -139,6 +143,22 @@ def list_attempts(context: Lookalike, owner: Owner, job_id: Id) -> Attempts:
         rows = select(Attempt).where(Attempt.job_id == job_id).order_by(Attempt.number)
         found = session.scalars(rows)
         return Attempts(items=[AttemptView.model_validate(attempt) for attempt in found])
+
+
+@router.get(
+    "/{job_id}/images/{sha256}",
+    response_class=Response,
+    responses={200: {"content": {"image/png": {}}}, **documented(404, 422)},
+)
+def get_image(context: Lookalike, owner: Owner, job_id: Id, sha256: Digest) -> Response:
+    """A validation picture, as an event of type `image` names it."""
+    with context.db.read_session() as session:
+        store.get(session, owner, job_id)
+        images = select(JobEvent.payload).where(JobEvent.job_id == job_id, JobEvent.type == "image")
+        if sha256 not in {payload["sha256"] for payload in session.scalars(images)}:
+            raise NotFound(f"{job_id} has no picture {sha256}; its events of type image name them.")
+    headers = {"ETag": f'"{sha256}"', "Cache-Control": "private, max-age=31536000, immutable"}
+    return Response(context.blobs.get(sha256), media_type="image/png", headers=headers)
 
 
 @router.post("/{job_id}/cancel", responses=documented(404, 422))

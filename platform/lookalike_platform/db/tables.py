@@ -112,7 +112,7 @@ class JobEvent(Table):
     job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"))
     created_at: Mapped[float]
     level: Mapped[str]  # info | warning | error
-    type: Mapped[str]  # state | message | metrics
+    type: Mapped[str]  # state | message | metrics | image
     payload: Mapped[dict[str, Any]]
     __table_args__ = (
         Index("ix_job_events_job", "job_id", "seq"),

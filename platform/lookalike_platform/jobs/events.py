@@ -9,7 +9,7 @@ from sqlalchemy.orm import Session
 from lookalike_platform.db.tables import JobEvent
 
 Level = Literal["info", "warning", "error"]
-EventType = Literal["state", "message", "metrics"]
+EventType = Literal["state", "message", "metrics", "image"]
 
 
 def append(

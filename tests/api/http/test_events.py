@@ -148,3 +148,21 @@ def test_an_event_id_that_is_none_is_refused(api: Api, last: str) -> None:
 def test_the_stream_of_no_job_is_404(api: Api) -> None:
     headers = {"Accept": "text/event-stream"}
     problem_of(api.http.get("/v1/jobs/job_0/events", headers=headers), 404)
+
+
+def test_a_validation_picture_is_got_by_the_digest_its_event_names(api: Api) -> None:
+    job_id, other = submit(api), submit(api)
+    lease = run(api, job_id)
+    digest = api.context.blobs.put(b"a picture")
+    payload = {"step": 10, "prompt": "a sks dog", "sha256": digest}
+    leases.event(api.context.db, lease, "image", payload)
+    (event,) = [
+        event
+        for event in api.http.get(f"/v1/jobs/{job_id}/events").json()["items"]
+        if event["type"] == "image"
+    ]
+    picture = api.http.get(f"/v1/jobs/{job_id}/images/{event['payload']['sha256']}")
+    assert (picture.content, picture.headers["content-type"]) == (b"a picture", "image/png")
+    assert api.http.get(f"/v1/jobs/{other}/images/{digest}").status_code == 404
+    assert api.http.get(f"/v1/jobs/{job_id}/images/{'0' * 64}").status_code == 404
+    assert api.http.get(f"/v1/jobs/{job_id}/images/x").status_code == 422

@@ -67,7 +67,7 @@ def _evaluate(
     argv = [sys.executable, "-m", module, str(folder)]
     running = start(folder, argv, environment(settings.device))
     try:
-        if not follow(db, lease, hold, running, LookalikeError):
+        if not follow(db, blobs, lease, hold, running, LookalikeError):
             return None
     finally:
         end(running, settings)

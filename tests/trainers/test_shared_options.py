@@ -1,0 +1,134 @@
+"""Options that change the course of a run, in two processes: averages, early stopping."""
+
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lookalike_registry.adapter_file import WEIGHTS_NAME
+from support_images import photo
+from support_models import save_base
+from support_ranks import Outcome, Scenario, launch
+
+pytestmark = pytest.mark.processes
+
+SAVED, STEPS, DECAY = 2, 4, 0.2
+AVERAGED = {
+    "steps": STEPS,
+    "batch_size": 2,
+    "rank": 2,
+    "checkpoint_every": 1,
+    "keep_checkpoints": STEPS,
+    "ema_decay": DECAY,
+}
+WINDOW, EPSILON = 2, 0.05
+EARLY = {
+    "steps": 40,
+    "batch_size": 2,
+    "rank": 2,
+    "checkpoint_every": SAVED,
+    "keep_checkpoints": 40,
+    "early_stopping": {"window": WINDOW, "epsilon": EPSILON, "every": 1},
+}
+SCENARIOS = [
+    *(Scenario(f"average {stage}", AVERAGED, stage) for stage in (0, 2, 3)),
+    *(
+        Scenario(f"average {stage} resumed", AVERAGED, stage, (f"average {stage}", SAVED))
+        for stage in (0, 2, 3)
+    ),
+    Scenario("early", EARLY),
+    Scenario("early resumed", EARLY, resume=("early", SAVED)),
+    Scenario("early, zero 3", EARLY, 3),
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("options")
+    save_base(folder / "base")
+    (folder / "photos").mkdir()
+    for number in range(3):
+        (folder / "photos" / f"{number}.jpg").write_bytes(photo(number))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def ranks(folder: Path) -> list[dict[str, Outcome]]:
+    return launch(folder, SCENARIOS, world=2)
+
+
+def states(folder: Path, name: str) -> list[dict[str, torch.Tensor]]:
+    steps = sorted((folder / "checkpoints2" / name).iterdir())
+    return [load_file(step / "state.safetensors") for step in steps]
+
+
+def measured(folder: Path, name: str) -> list[float]:
+    last = max((folder / "checkpoints2" / name).iterdir())
+    metrics: list[dict[str, Any]] = json.loads((last / "metrics.json").read_text())
+    return [point["evaluation_loss"] for point in metrics]
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_the_adapter_is_the_average_over_the_steps_whatever_the_stage(
+    ranks: list[dict[str, Outcome]], folder: Path, stage: int
+) -> None:
+    """From the weights of each step: B starts at zero, and so does its average."""
+    name = f"average {stage}"
+    assert ranks[0][name].error is None
+    steps = states(folder, name)
+    adapter = list(load_file(folder / f"{name}-2" / WEIGHTS_NAME).values())
+    ups = [key.removeprefix("weight/") for key in steps[0] if "weight/" in key and "lora_B" in key]
+    assert ups
+    for key in ups:
+        naive = torch.zeros_like(steps[0][f"weight/{key}"])
+        for n, state in enumerate(steps, 1):
+            decay = min(DECAY, (1 + n) / (10 + n))
+            naive = decay * naive + (1 - decay) * state[f"weight/{key}"]
+        found = steps[-1][f"average/{key}"]
+        torch.testing.assert_close(found, naive, rtol=1e-5, atol=1e-8)
+        assert any(t.shape == found.shape and torch.equal(t, found) for t in adapter)
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_a_resumed_run_has_the_same_average_to_the_bit(
+    ranks: list[dict[str, Outcome]], stage: int
+) -> None:
+    whole, resumed = ranks[0][f"average {stage}"], ranks[0][f"average {stage} resumed"]
+    assert resumed.adapter == whole.adapter
+
+
+def test_training_stops_where_the_rule_says_from_the_losses_of_fixed_samples(
+    ranks: list[dict[str, Outcome]], folder: Path
+) -> None:
+    losses = measured(folder, "early")
+    assert WINDOW < len(losses) < 40
+    assert len(ranks[0]["early"].losses) == len(ranks[1]["early"].losses) == len(losses)
+
+    def ratio(count: int) -> float:
+        seen = losses[:count]
+        return statistics.pvariance(seen[-WINDOW:]) / statistics.pvariance(seen)
+
+    assert ratio(len(losses)) < EPSILON
+    assert all(ratio(count) >= EPSILON for count in range(WINDOW + 1, len(losses)))
+    assert losses[-1] < losses[0]
+
+
+def test_a_resumed_run_stops_at_the_same_step_with_the_same_weights(
+    ranks: list[dict[str, Outcome]], folder: Path
+) -> None:
+    whole, resumed = ranks[0]["early"], ranks[0]["early resumed"]
+    assert resumed.losses == whole.losses
+    assert resumed.adapter == whole.adapter
+    assert measured(folder, "early resumed") == measured(folder, "early")
+
+
+def test_shares_of_the_weights_are_measured_as_the_whole_ones_are(
+    ranks: list[dict[str, Outcome]], folder: Path
+) -> None:
+    assert ranks[0]["early, zero 3"].error is None
+    shared, whole = measured(folder, "early, zero 3"), measured(folder, "early")
+    assert shared[:5] == pytest.approx(whole[:5], abs=1e-5)
