@@ -147,7 +147,8 @@ def test_checkpointed_layers_read_their_own_text_again(base: Path) -> None:
 
 @pytest.mark.parametrize("family", ["sd1", "sdxl"])
 def test_its_file_is_the_method(bases: dict[str, Path], tmp_path: Path, family: str) -> None:
-    check_its_file_is_the_method(bases[family], tmp_path, "ed_lora")
+    # SDXL's summaries are means over the layers.
+    check_its_file_is_the_method(bases[family], tmp_path, "ed_lora", rounds=family == "sdxl")
 
 
 @pytest.mark.parametrize("first_off", [0, 1])

@@ -184,10 +184,7 @@ def _repeat(encoder: nn.Module, layers: int) -> None:
         if isinstance(value, tuple):
             return tuple(apart(one) for one in value)
         each = value.unflatten(0, (-1, layers))
-        if value.dim() == 3:
-            return each
-        # Without rounding where all are the same: prompts without the word stay as they are.
-        return each[:, 0] + (each - each[:, :1]).mean(1)
+        return each if value.dim() == 3 else each.mean(1)
 
     count, hooks = _repeating.get(encoder, (0, []))
     if not hooks:
