@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import BinaryIO
 
 from sqlalchemy import delete as delete_rows
-from sqlalchemy import select
+from sqlalchemy import or_, select
 from sqlalchemy.orm import Session
 
 from lookalike_datasets.intake import Verdict, examine, looks_alike
@@ -106,8 +106,11 @@ def delete(db: Database, blobs: BlobStore, owner: str, id: str) -> None:
     with db.session() as session:
         found = get(session, owner, id)
         session.refresh(found, with_for_update=True)  # a job submitted now waits, and fails
+        of_class = Job.request["config", "prior", "subject_set"].as_string() == id
         user = session.scalar(
-            select(Job.id).where(Job.subject_set_id == id, Job.state.not_in(TERMINAL)).limit(1)
+            select(Job.id)
+            .where(or_(Job.subject_set_id == id, of_class), Job.state.not_in(TERMINAL))
+            .limit(1)
         )
         if user is not None:
             raise Conflict(f"Job {user} uses this set. Wait for it, or cancel it.")

@@ -8,11 +8,12 @@ import torch
 
 from lookalike_datasets.features.views import Cut
 from lookalike_platform.errors import CapabilityMissing
+from lookalike_platform.files import canonical_digest
 from lookalike_trainers.base_parts import BaseParts
-from lookalike_trainers.config import LoraConfig
+from lookalike_trainers.config import LoraConfig, PriorConfig
 from lookalike_trainers.data import TrainingData
 from lookalike_trainers.prepare import prepare
-from lookalike_trainers.views import views_by_shape
+from lookalike_trainers.views import class_views, views_by_shape
 from support_images import encoded, picture
 from support_models import RESOLUTION, VAE_SCALE, save_base
 from support_ranks import run_request
@@ -96,3 +97,24 @@ def test_buckets_on_sdxl_are_refused_by_name(folder: Path, tmp_path: Path) -> No
     save_base(tmp_path / "base", "sdxl")
     with pytest.raises(CapabilityMissing, match="aspect_buckets on SDXL"):
         prepared(tmp_path, aspect_buckets=True)
+
+
+def test_own_class_images_have_their_captions_or_the_class_prompt_and_none_are_drawn(
+    folder: Path, tmp_path: Path
+) -> None:
+    config = LoraConfig(resolution=RESOLUTION, prior=PriorConfig(subject_set="set_1"))
+    told = run_request(folder, config)
+    of_class = [
+        image.model_copy(update={"caption": words})
+        for image, words in zip(told.images, ["two dogs on grass", None], strict=False)
+    ]
+    shown = class_views(of_class, (64, 64), config, "dog")
+    assert [view.caption for (view,) in shown] == ["two dogs on grass", "a dog"]
+    parts = BaseParts(folder / "base", torch.device("cpu"))
+    whole = told.model_copy(update={"class_images": of_class, "cache": tmp_path})
+    said: list[str] = []
+    data, digest = prepare(whole, config, parts, lambda message: said.append(message["stage"]))
+    assert len(data.buckets[0].class_images) == 2
+    assert digest == canonical_digest([image.sha256 for image in of_class])
+    assert said == ["caching"]
+    assert not (tmp_path / "prior").exists()

@@ -4,6 +4,8 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from sqlalchemy.orm import Session
+
 from lookalike_datasets import subject_sets
 from lookalike_platform import bases
 from lookalike_platform.bases import Base
@@ -27,11 +29,15 @@ from lookalike_trainers.config import METHODS, RunImage, RunRequest, TrainingCon
 
 @dataclass(frozen=True)
 class Assignment:
-    """A job with its photos (the accepted ones, in order) and its config as it was admitted."""
+    """A job with its photos (the accepted ones, in order) and its config as it was admitted.
+
+    class_photos: the user's own class images, where the config names a set of them.
+    """
 
     job: Job
     subject_set: SubjectSet
     photos: list[SubjectImage]
+    class_photos: list[SubjectImage]
     config: TrainingConfig
 
 
@@ -41,10 +47,19 @@ def assignment(db: Database, job_id: str) -> Assignment:
         job = session.get_one(Job, job_id)
         if job.subject_set_id is None:
             raise TrainingFailed("The job's subject set has been deleted: upload it again.")
+        info = next(m for m in METHODS if m.name == job.method)
+        config = info.config.model_validate(job.request["config"])
         subject_set = subject_sets.get(session, job.owner, job.subject_set_id)
-        photos = [p for p in subject_sets.images(session, subject_set.id) if p.sha256]
-    info = next(m for m in METHODS if m.name == job.method)
-    return Assignment(job, subject_set, photos, info.config.model_validate(job.request["config"]))
+        photos = _accepted(session, subject_set)
+        class_photos = []
+        if config.prior and config.prior.subject_set:
+            class_set = subject_sets.get(session, job.owner, config.prior.subject_set)
+            class_photos = _accepted(session, class_set)
+    return Assignment(job, subject_set, photos, class_photos, config)
+
+
+def _accepted(session: Session, subject_set: SubjectSet) -> list[SubjectImage]:
+    return [p for p in subject_sets.images(session, subject_set.id) if p.sha256]
 
 
 def resolve_base(job: Job, settings: Settings) -> Base:
@@ -85,10 +100,8 @@ def run_request(work: Assignment, blobs: BlobStore, settings: Settings) -> RunRe
         base_fingerprint=base.fingerprint,
         base_family=base.family,
         prediction_type=base.prediction_type,
-        images=[
-            RunImage(path=blobs.path(str(p.sha256)), sha256=str(p.sha256), caption=p.caption)
-            for p in work.photos
-        ],
+        images=_as_files(work.photos, blobs),
+        class_images=_as_files(work.class_photos, blobs),
         cache=settings.cache,
         clip_encoder=settings.clip_encoder,
         dino_encoder=settings.dino_encoder,
@@ -96,6 +109,13 @@ def run_request(work: Assignment, blobs: BlobStore, settings: Settings) -> RunRe
         num_processes=config.num_processes or settings.num_processes,
         zero_stage=settings.zero_stage if config.zero_stage is None else config.zero_stage,
     )
+
+
+def _as_files(photos: list[SubjectImage], blobs: BlobStore) -> list[RunImage]:
+    return [
+        RunImage(path=blobs.path(str(p.sha256)), sha256=str(p.sha256), caption=p.caption)
+        for p in photos
+    ]
 
 
 def manifest(work: Assignment, result: Path, attempts: int, settings: Settings) -> Manifest:

@@ -21,6 +21,7 @@ _RECENT = 5
 class Cost:
     """The preview. Bytes and seconds; seconds are None until a run on this base has finished here.
 
+    prior_images: how many the base is to draw of the class.
     state_bytes: base weights of the denoiser (twice where the base's output is preserved),
         trainables, their gradients and AdamW's two moments; activations, which grow with batch_size
         and resolution, come on top.
@@ -47,6 +48,7 @@ def preview(
     """
     shapes = parameter_shapes(base.folder)
     numbers = count(shapes, config)
+    prior = config.prior
     unet = sum(math.prod(s) for name, s in shapes.items() if name.startswith("unet."))
     if config.output_preservation:
         unet *= 2
@@ -60,7 +62,7 @@ def preview(
         steps=config.steps,
         samples=config.steps * per_step,
         processes=processes,
-        prior_images=config.prior.num_images if config.prior else 0,
+        prior_images=prior.num_images if prior and not prior.subject_set else 0,
         seconds=round(config.steps * per_step / rate, 1) if rate else None,
         seconds_based_on=source,
     )

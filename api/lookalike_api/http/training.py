@@ -69,7 +69,9 @@ def admit(
         InvalidRequest: it cannot be carried out, with the path of each wrong field.
     """
     base = _base(settings, wanted.base_model)
-    subject_set = _subject_set(session, owner, wanted.subject_set)
+    subject_set = _subject_set(session, owner, wanted.subject_set, "subject_set")
+    if config.prior and config.prior.subject_set:
+        _subject_set(session, owner, config.prior.subject_set, "config.prior.subject_set")
     concept = wanted.concept or subject_set.name
     new = NewJob(
         owner=owner,
@@ -106,11 +108,11 @@ def _base(settings: Settings, name: str | None) -> Base:
         raise type(error)(error.detail, [FieldProblem("base_model", error.detail)]) from error
 
 
-def _subject_set(session: Session, owner: str, set_id: str) -> SubjectSet:
+def _subject_set(session: Session, owner: str, set_id: str, field: str) -> SubjectSet:
     # Held until the job is there, so that a deletion waits, and then sees the job.
     held = select(SubjectSet.id).where(SubjectSet.id == set_id)
     session.execute(held.with_for_update(read=True, key_share=True))
     try:
         return subject_sets.get(session, owner, set_id)
     except NotFound as error:
-        raise wrong_values([FieldProblem("subject_set", error.detail)]) from error
+        raise wrong_values([FieldProblem(field, error.detail)]) from error

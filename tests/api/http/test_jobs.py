@@ -6,6 +6,7 @@ import pytest
 from lookalike_platform.db.tables import Job
 from lookalike_platform.jobs import lease as leases
 from lookalike_platform.jobs.store import get
+from lookalike_trainers.assignment import assignment, run_request
 from lookalike_trainers.config import LoraConfig
 from support_api import Api, paths_of, problem_of
 
@@ -190,3 +191,29 @@ def test_a_dry_run_says_the_cost_and_queues_nothing(api: Api) -> None:
 def test_targets_the_base_does_not_have_are_refused_by_name(api: Api) -> None:
     assert paths_of(submit(api, config={"targets": ["to_z"]})) == ["config.targets"]
     assert api.http.get("/v1/jobs").json()["items"] == []
+
+
+def test_the_user_s_own_class_images_are_another_subject_set(api: Api) -> None:
+    photos, of_class = api.add_set(), api.add_set("dogs", 5)
+    prior = {"subject_set": of_class["id"]}
+    job = submit(api, subject_set=photos["id"], config={"prior": prior}).json()
+    context = api.context
+    work = assignment(context.db, job["id"])
+    told = run_request(work, context.blobs, api.settings)
+    accepted = [image["sha256"] for image in of_class["images"]]
+    assert [image.sha256 for image in told.class_images] == accepted
+    assert [image.sha256 for image in told.images] == accepted[:3]
+    assert all(image.path.is_file() for image in told.class_images)
+
+    problem_of(api.http.delete(f"/v1/subject-sets/{of_class['id']}"), 409)
+    preview = api.http.post(
+        "/v1/jobs",
+        params={"dry_run": "true"},
+        json={"method": "lora", "subject_set": photos["id"], "config": {"prior": prior}},
+    ).json()
+    assert preview["prior_images"] == 0
+
+
+def test_a_set_of_class_images_that_is_not_there_is_named_by_its_field(api: Api) -> None:
+    refused = submit(api, config={"prior": {"subject_set": "set_0000"}})
+    assert paths_of(refused) == ["config.prior.subject_set"]
