@@ -69,3 +69,14 @@ def test_the_tour_runs(tmp_path: Path, tiny_base: Path) -> None:
         "samples.png",
         "manifest.json",
     }
+
+
+def test_every_test_the_documents_name_is_there() -> None:
+    named = set(re.findall(r"`(test_\w+)`", (REPOSITORY / "docs/methods.md").read_text()))
+    written = {
+        name
+        for file in (REPOSITORY / "tests").rglob("test_*.py")
+        for name in re.findall(r"^def (test_\w+)", file.read_text(), re.MULTILINE)
+    }
+    assert named
+    assert named <= written
