@@ -1,5 +1,6 @@
 """An evaluate job's ways to its end, in a process of its own as the worker starts it."""
 
+import sys
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from lookalike_platform.jobs import store
 from lookalike_platform.settings import Settings
 from lookalike_trainers.evaluation import task
 from lookalike_trainers.evaluation.request import EvaluateJob, EvaluationOptions, Pinned
+from lookalike_trainers.launcher import environment, start
 from support_images import photo
 from support_jobs import look
 from support_models import save_base
@@ -118,3 +120,18 @@ def test_without_its_subject_set_a_job_fails_before_anything_is_painted(
     known = carry_out(local, db, blobs, submit(local, db, blobs, base, subject_set_id=None))
     assert known.job.state == "failed"
     assert "upload photos" in known.job.error["detail"]
+
+
+def test_an_evaluation_that_is_told_to_stop_ends_at_the_next_picture(
+    local: Settings, db: Database, blobs: BlobStore, base: Path, tmp_path: Path
+) -> None:
+    job_id = submit(local, db, blobs, base)
+    request = task.evaluation_request(db, job_id, blobs, local)
+    (tmp_path / "request.json").write_text(request.model_dump_json())
+    argv = [sys.executable, "-m", "lookalike_trainers.evaluation.process", str(tmp_path)]
+    running = start(tmp_path, argv, environment("cpu"))
+    (tmp_path / "stop").touch()
+    said = list(running.messages())
+    assert said[-1] == {"type": "done", "outcome": "stopped"}
+    assert not [message for message in said if message["type"] == "progress"]
+    assert not (tmp_path / "result.json").exists()

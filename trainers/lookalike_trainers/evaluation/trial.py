@@ -79,4 +79,8 @@ def try_on(
 
 def read_photos(paths: Sequence[Path]) -> list[Image.Image]:
     """Photos, upright."""
-    return [ImageOps.exif_transpose(Image.open(path)).convert("RGB") for path in paths]
+    photos = []
+    for path in paths:
+        with Image.open(path) as photo:
+            photos.append(ImageOps.exif_transpose(photo).convert("RGB"))
+    return photos
