@@ -217,6 +217,20 @@ def base(settings: Settings) -> Iterator[Finding]:
     yield Finding("base model", "ok", detail)
 
 
+def encoders(settings: Settings) -> Iterator[Finding]:
+    from lookalike_trainers.evaluation.encoder_folder import check_encoders
+
+    named = {"CLIP": settings.clip_encoder, "DINO": settings.dino_encoder}
+    try:
+        check_encoders(settings.clip_encoder, settings.dino_encoder)
+    except LookalikeError as error:
+        remedy = "see LOOKALIKE_CLIP_ENCODER and LOOKALIKE_DINO_ENCODER"
+        yield Finding("judges", "failed", error.detail, remedy)
+        return
+    there = [f"{what} from {name}" for what, name in named.items() if name]
+    yield Finding("judges", "ok", ", ".join(there) or "the base itself")
+
+
 def disk(settings: Settings) -> Iterator[Finding]:
     free = shutil.disk_usage(settings.home).free / GIB
     detail = f"{free:.1f} GiB free at {settings.home}"
@@ -247,6 +261,7 @@ CHECKS: list[Check] = [
     mlflow,
     blobs,
     base,
+    encoders,
     disk,
     stack,
 ]

@@ -68,6 +68,7 @@ def test_a_database_that_does_not_answer_is_named_without_its_password(tmp_path:
     [
         (doctor.mlflow, {"mlflow_uri": f"http://{NOBODY}"}),
         (doctor.base, {"default_base": "none"}),
+        (doctor.encoders, {"dino_encoder": "nobody/no-encoder"}),
         (doctor.broker, {"broker_url": f"amqp://guest:guest@{NOBODY}//"}),
         (doctor.blobs, {"blob_url": "file:///proc/none"}),
     ],

@@ -10,9 +10,10 @@ from torch.nn import functional as F
 
 from lookalike_platform.errors import InvalidRequest
 from lookalike_trainers.base_parts import BaseParts
+from lookalike_trainers.evaluation.encoder_folder import encoder_folder
 from lookalike_trainers.evaluation.encoders import open_judges
 from lookalike_trainers.evaluation.preprocessing import Preprocessing
-from lookalike_trainers.evaluation.pretrained import Clip, Dino, encoder_folder
+from lookalike_trainers.evaluation.pretrained import Clip, Dino
 from support_images import picture
 
 CPU = torch.device("cpu")

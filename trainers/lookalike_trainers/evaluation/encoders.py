@@ -69,7 +69,8 @@ def open_judges(parts: BaseParts, clip_encoder: str | None, dino_encoder: str | 
     """
     from lookalike_trainers.evaluation.base_classifier import BaseClassifier
     from lookalike_trainers.evaluation.base_features import BaseFeatures
-    from lookalike_trainers.evaluation.pretrained import Clip, Dino, encoder_folder
+    from lookalike_trainers.evaluation.encoder_folder import encoder_folder
+    from lookalike_trainers.evaluation.pretrained import Clip, Dino
 
     clip = Clip(encoder_folder(clip_encoder), parts.device) if clip_encoder else None
     dino = Dino(encoder_folder(dino_encoder), parts.device) if dino_encoder else None

@@ -4,8 +4,6 @@ Loaded from a local folder in transformers' layout; no hub is ever asked. The pa
 openai/clip-vit-base-patch32 and facebook/dino-vits16.
 """
 
-import json
-import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,21 +13,19 @@ from PIL import Image
 from torch.nn import functional as F
 
 from lookalike_datasets.features.cache import component_digest
-from lookalike_platform.errors import CapabilityMissing, InvalidRequest
+from lookalike_platform.errors import InvalidRequest
+from lookalike_trainers.evaluation.encoder_folder import CLIP, DINO, expect
 from lookalike_trainers.evaluation.measures import prompt_fidelity
 from lookalike_trainers.evaluation.preprocessing import Preprocessing
 
 _AT_ONCE = 16
-_CLIP, _DINO = {"clip"}, {"vit", "dinov2"}
-"""Values of `model_type` in config.json."""
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 class Clip:
     """CLIP's two encoders: pictures and prompts in one space."""
 
     def __init__(self, folder: Path, device: torch.device) -> None:
-        _expect(folder, "CLIP", _CLIP)
+        expect(folder, "CLIP", CLIP)
         from transformers.models.clip.modeling_clip import CLIPModel
         from transformers.models.clip.tokenization_clip import CLIPTokenizer
 
@@ -79,7 +75,7 @@ class Dino:
     """DINO's or DINOv2's class token."""
 
     def __init__(self, folder: Path, device: torch.device) -> None:
-        kind = _expect(folder, "DINO", _DINO)
+        kind = expect(folder, "DINO", DINO)
         self.name, self.digest = "dino", component_digest(folder)
         self._device = device
         self._preprocess = Preprocessing.read(folder)
@@ -100,59 +96,6 @@ class Dino:
             ],
             self._preprocess,
         )
-
-
-def encoder_folder(name: str) -> Path:
-    """Where an encoder lies: a folder, or a hub id in the hub's local cache; no network.
-
-    Raises InvalidRequest if it is not here; CapabilityMissing for a hub id without huggingface_hub.
-    """
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        return folder
-    if not _HUB_ID.fullmatch(name):
-        raise InvalidRequest(
-            f"There is no encoder folder {name}: name a folder in transformers' layout, or a hub "
-            "id (organisation/model)."
-        )
-    try:
-        import huggingface_hub
-        import huggingface_hub.errors
-    except ModuleNotFoundError:
-        raise CapabilityMissing(
-            "hub ids need huggingface_hub: pip install 'lookalike[torch]'"
-        ) from None
-    try:
-        return Path(huggingface_hub.snapshot_download(name, local_files_only=True))
-    except huggingface_hub.errors.LocalEntryNotFoundError:
-        raise InvalidRequest(
-            f"The encoder {name} is not in the hub's local cache: get it there with "
-            f"`hf download {name}`, or name a folder."
-        ) from None
-
-
-def check_encoders(clip_encoder: str | None, dino_encoder: str | None) -> None:
-    """Raises InvalidRequest or CapabilityMissing for an encoder that is named and not here, as
-    far as that can be said without loading it."""
-    for name, what, kinds in ((clip_encoder, "CLIP", _CLIP), (dino_encoder, "DINO", _DINO)):
-        if name:
-            folder = encoder_folder(name)
-            _expect(folder, what, kinds)
-            Preprocessing.read(folder)
-
-
-def _expect(folder: Path, what: str, kinds: set[str]) -> str:
-    """The model_type of the folder's config.json, if it is one of `kinds`."""
-    try:
-        kind = json.loads((folder / "config.json").read_bytes()).get("model_type")
-    except (OSError, ValueError, AttributeError) as error:
-        raise InvalidRequest(f"{folder} is no {what}: its config.json: {error}") from error
-    if kind not in kinds:
-        raise InvalidRequest(
-            f"{folder} is no {what}: its config.json says model_type {kind!r}, and we know "
-            f"{' and '.join(sorted(kinds))}."
-        )
-    return str(kind)
 
 
 def _load(model: Any, folder: Path, **options: Any) -> Any:
