@@ -61,7 +61,7 @@ def run(folder: Path, say: Say) -> str:
 
     from lookalike_trainers.base_parts import BaseParts
     from lookalike_trainers.engine import make_engine
-    from lookalike_trainers.evaluation.pretrained import check_encoders
+    from lookalike_trainers.evaluation.encoder_folder import check_encoders
     from lookalike_trainers.loop import train
     from lookalike_trainers.methods.find import builder_of
     from lookalike_trainers.prepare import prepare
