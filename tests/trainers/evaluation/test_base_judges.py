@@ -12,6 +12,7 @@ from lookalike_trainers.evaluation.base_classifier import BaseClassifier
 from lookalike_trainers.evaluation.base_features import BaseFeatures, picture_latents
 from lookalike_trainers.evaluation.measures import cosines, resemblance
 from support_images import picture
+from support_models import save_base
 
 BIBO = sorted((Path(lookalike_api.__file__).parent / "demo" / "bibo").glob("*.png"))
 
@@ -107,3 +108,13 @@ def test_a_picture_is_held_against_a_fixed_number_of_other_prompts(tiny_parts: B
     scores = classifier.score_prompts([picture(1)] * 6, prompts)
     own = classifier.probabilities(picture(1), ["a y", "a z", "a u"])[0]
     assert scores[4] == own
+
+
+@pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
+def test_bases_of_every_family_can_judge(family: str, tmp_path: Path) -> None:
+    parts = BaseParts(save_base(tmp_path, family), torch.device("cpu"))
+    features = BaseFeatures(parts).encode_images([picture(1), picture(2)])
+    assert features.isfinite().all()
+    assert float(cosines(features[:1], features[1:])) < 0.999
+    likely = BaseClassifier(parts, draws=2).probabilities(picture(1), ["a dog", "a cat"])
+    assert float(likely.sum()) == pytest.approx(1)
