@@ -56,7 +56,7 @@ class Base:
     resolution: pixels of a side, as it was trained
     vae_scale: pixels of a side per latent
     latent_channels: channels of a latent
-    prediction_type: epsilon | v_prediction
+    prediction_type: epsilon | v_prediction | flow_prediction
     text_digest: digest of all that decides text features: text encoder and tokenizer
     max_tokens: length of a tokenized prompt
     """

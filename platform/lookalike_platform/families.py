@@ -6,8 +6,12 @@ and teach the trainer and the sampler its text encoders and denoiser.
 
 from collections.abc import Callable, Container
 from dataclasses import dataclass
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+FLOW_SCHEDULER = "FlowMatchEulerDiscreteScheduler"
+PREDICTIONS = ("epsilon", "v_prediction", "flow_prediction")
 
 
 class _Config(BaseModel):
@@ -35,7 +39,16 @@ class TextEncoderConfig(_Config):
 
 
 class SchedulerConfig(_Config):
+    """A flow base's file names no prediction type: its scheduler's class says it."""
+
     prediction_type: str = "epsilon"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _flow(cls, config: Any) -> Any:
+        if isinstance(config, dict) and config.get("_class_name") == FLOW_SCHEDULER:
+            return config | {"prediction_type": "flow_prediction"}
+        return config
 
 
 @dataclass(frozen=True)
@@ -108,7 +121,7 @@ def _has_traits_of_sd2(parts: Parts) -> bool:
 def _is_sd1(parts: Parts) -> bool:
     return (
         _is_stable_diffusion(parts)
-        and parts.scheduler.prediction_type == "epsilon"
+        and parts.scheduler.prediction_type in {"epsilon", "flow_prediction"}
         and not _has_traits_of_sd2(parts)
     )
 
@@ -116,7 +129,7 @@ def _is_sd1(parts: Parts) -> bool:
 def _is_sd2(parts: Parts) -> bool:
     return (
         _is_stable_diffusion(parts)
-        and parts.scheduler.prediction_type in {"epsilon", "v_prediction"}
+        and parts.scheduler.prediction_type in PREDICTIONS
         and _has_traits_of_sd2(parts)
     )
 
@@ -127,14 +140,16 @@ def _is_sdxl(parts: Parts) -> bool:
         _reads_text(parts)
         and len(parts.text_encoders) == 2
         and parts.unet.addition_embed_type == "text_time"
-        and parts.scheduler.prediction_type in {"epsilon", "v_prediction"}
+        and parts.scheduler.prediction_type in PREDICTIONS
     )
 
 
 FAMILIES = [
-    Family("sd1", "Stable Diffusion 1.x: OpenAI CLIP text encoder, epsilon prediction", _is_sd1),
-    Family("sd2", "Stable Diffusion 2.x: OpenCLIP text encoder, epsilon or v", _is_sd2),
-    Family("sdxl", "Stable Diffusion XL: two text encoders and sizes, epsilon or v", _is_sdxl),
+    Family("sd1", "Stable Diffusion 1.x: OpenAI CLIP text encoder, epsilon or flow", _is_sd1),
+    Family("sd2", "Stable Diffusion 2.x: OpenCLIP text encoder, epsilon, v or flow", _is_sd2),
+    Family(
+        "sdxl", "Stable Diffusion XL: two text encoders and sizes, epsilon, v or flow", _is_sdxl
+    ),
 ]
 
 

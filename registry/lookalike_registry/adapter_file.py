@@ -31,10 +31,13 @@ WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
 DTYPES = ("F32", "F16", "BF16")
 ARCHITECTURES = {
     ("sd1", "epsilon"): "stable-diffusion-v1/lora",
+    ("sd1", "flow_prediction"): "stable-diffusion-v1/lora",
     ("sd2", "epsilon"): "stable-diffusion-v2-512/lora",
+    ("sd2", "flow_prediction"): "stable-diffusion-v2-512/lora",
     ("sd2", "v_prediction"): "stable-diffusion-v2-768-v/lora",
     ("sdxl", "epsilon"): "stable-diffusion-xl-v1-base/lora",
     ("sdxl", "v_prediction"): "stable-diffusion-xl-v1-base/lora",
+    ("sdxl", "flow_prediction"): "stable-diffusion-xl-v1-base/lora",
 }
 PARTS = ("unet", "text_encoder", "text_encoder_2")
 KEY = re.compile(

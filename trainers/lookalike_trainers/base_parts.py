@@ -13,6 +13,7 @@ import torch
 
 from lookalike_datasets.features.text import tokenize
 from lookalike_platform.conditioning import Text, encode
+from lookalike_platform.families import FLOW_SCHEDULER
 
 
 class BaseParts:
@@ -68,11 +69,17 @@ class BaseParts:
 
     @property
     def scheduler(self) -> Any:
-        """The base's noise schedule, as the sampler of Ho et al. 2020 that training inverts."""
+        """The base's noise schedule: a flow's, or that of Ho et al. 2020 that training inverts."""
         if "scheduler" not in self._loaded:
             from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
+            from diffusers.schedulers.scheduling_flow_match_euler_discrete import (
+                FlowMatchEulerDiscreteScheduler,
+            )
 
-            self._loaded["scheduler"] = DDPMScheduler.from_pretrained(
+            config = json.loads((self.folder / "scheduler/scheduler_config.json").read_text())
+            flows = config.get("_class_name") == FLOW_SCHEDULER
+            kind = FlowMatchEulerDiscreteScheduler if flows else DDPMScheduler
+            self._loaded["scheduler"] = kind.from_pretrained(
                 self.folder / "scheduler", local_files_only=True
             )
         return self._loaded["scheduler"]
@@ -134,8 +141,11 @@ def token_names(word: str, count: int) -> list[str]:
 
 
 def spell(prompt: str, learned: dict[str, list[str]]) -> str:
-    """The prompt with each learned word written as its tokens: "sks" → "<sks> <sks>_1"."""
-    for word, names in learned.items():
+    """The prompt with each learned word written as its tokens: "sks" → "<sks> <sks>_1".
+
+    Longer words go first: "sks-2" is not "sks".
+    """
+    for word, names in sorted(learned.items(), key=lambda item: -len(item[0])):
         pattern = rf"(?<![\w<]){re.escape(word)}(?![\w>])"
         prompt = re.sub(pattern, " ".join(names), prompt, flags=re.IGNORECASE)
     return prompt

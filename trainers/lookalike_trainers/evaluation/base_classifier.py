@@ -72,11 +72,12 @@ class BaseClassifier:
                 for number in range(len(times))
             ]
         )
+        told = self._schedule.times[times].to(device)
         noisy = self._schedule.noised(latent, noise, times).to(device)
         target = self._schedule.target(latent, noise, times).to(device)
         errors = []
         for prompt in prompts:
-            said = predict(unet, noisy, times.to(device), self._text(prompt).expand(len(times)))
+            said = predict(unet, noisy, told, self._text(prompt).expand(len(times)))
             errors.append((said - target).double().square().flatten(1).sum(1).mean().cpu())
         return torch.stack(errors)
 

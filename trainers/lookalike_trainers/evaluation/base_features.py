@@ -71,6 +71,7 @@ class BaseFeatures:
         unet, device = self._parts.unet, self._parts.device
         blank = self._parts.encode([""], self._resolution).expand(len(latents))
         timesteps = torch.full((len(latents),), TIMESTEP)
+        told = self._schedule.times[timesteps]
         seen: list[torch.Tensor] = []
         hook = unet.mid_block.register_forward_hook(
             lambda _module, _inputs, output: seen.append(output.mean((2, 3)).float().cpu())
@@ -80,7 +81,7 @@ class BaseFeatures:
                 luck = generator("base features", number)
                 noise = torch.randn(latents.shape[1:], generator=luck).expand_as(latents)
                 noisy = self._schedule.noised(latents, noise, timesteps)
-                predict(unet, noisy.to(device), timesteps.to(device), blank)
+                predict(unet, noisy.to(device), told.to(device), blank)
         finally:
             hook.remove()
         return torch.stack(seen).mean(0).clone()

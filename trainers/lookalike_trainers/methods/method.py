@@ -33,7 +33,9 @@ class Card:
             "title": self.title,
             "resolution": f"{self.resolution}x{self.resolution}",
             "trigger_phrase": self.trigger,
-            "prediction_type": "v" if self.prediction_type == "v_prediction" else "epsilon",
+            "prediction_type": {"v_prediction": "v"}.get(
+                self.prediction_type, self.prediction_type
+            ),
         }
 
 
