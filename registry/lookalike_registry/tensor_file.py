@@ -5,7 +5,8 @@
     lora.<part>.<module>.down     A [rank, in] or [rank, in, k, k]
     lora.<part>.<module>.up       B [out, rank] or [out, rank, 1, 1], added to W as B A
     lora.<part>.<module>.magnitude   [out] or [1, out, 1, 1], the length of W + B A's rows (DoRA)
-    tokens.<part>                 [count, width] rows of learned words
+    tokens.<part>                 [count, width] rows of learned words; of several subjects, one
+                                  after the other (config `subjects`; see nth_word)
     <method>.<anything>           what a method alone understands, and checks when it is worn
 
 A part is unet, text_encoder or text_encoder_2. Metadata: `lookalike.method`, `lookalike.config`
@@ -57,6 +58,11 @@ def save_tensors(
         **{f"modelspec.{key}": value for key, value in modelspec.items()},
     }
     atomic_write(path, with_metadata(save(plain), metadata))
+
+
+def nth_word(word: str, number: int) -> str:
+    """What the subject of this number, from 1, answers to: sks, sks-2, sks-3, …"""
+    return word if number == 1 else f"{word}-{number}"
 
 
 def adapter_info(header: Header, filename: str) -> AdapterInfo:

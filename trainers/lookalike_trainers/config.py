@@ -91,7 +91,13 @@ class TrainingConfig(Strict):
     max_grad_norm: float = Field(default=1.0, gt=0)
     resolution: int | None = Field(default=None, ge=64, le=2048, multiple_of=8)  # None: the base's
     prompt: str = Field(default="a {trigger} {class_noun}", max_length=500)
-    trigger: str = Field(default="sks", min_length=1, max_length=40, pattern=r"^[\w-]+$")
+    trigger: str = Field(
+        default="sks",  # in a job's request null or nothing: a rare word of the base's vocabulary
+        min_length=1,
+        max_length=40,
+        pattern=r"^[\w-]+$",
+        json_schema_extra={"default": None, "type": ["string", "null"]},
+    )
     token_vectors: int = Field(default=0, ge=0, le=16)  # embedding rows the trigger learns
     initializer: str | None = Field(default=None, max_length=40)  # None: the class noun
     token_learning_rate: float = Field(default=5e-3, gt=0, le=1)  # SD 1.5: 5e-4
@@ -116,6 +122,11 @@ class TrainingConfig(Strict):
     ema_decay: float | None = Field(default=None, gt=0, lt=1)  # the adapter is then the average
     early_stopping: EarlyStoppingConfig | None = None
     validation: ValidationConfig | None = None
+
+    @property
+    def starts_from_noun(self) -> bool:
+        """Whether learned words start from the class noun where no initializer is named."""
+        return True
 
     @property
     def reads_ids(self) -> bool:
@@ -145,6 +156,7 @@ class TrainingConfig(Strict):
         return self
 
 
+SetId = Annotated[str, Field(pattern=r"^set_[0-9a-z]{1,40}$")]
 UNET_ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 TEXT_ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj")
 TARGET_GROUPS = {
@@ -236,8 +248,24 @@ class CustomDiffusionConfig(TrainingConfig):
 
     learning_rate: float = Field(default=1e-4, gt=0, le=1)  # SD 1.5: 1e-5 x images in a step
     sizes: int = Field(default=8, ge=0, le=64)
+    also: tuple[SetId, ...] = Field(default=(), max_length=9)  # more subjects: sks-2, sks-3, …
     token_vectors: int = Field(default=1, ge=0, le=16)
     train_text_encoder: Literal[False] = False
+
+    @property
+    def starts_from_noun(self) -> bool:
+        """The word starts from a rare one, and stands before the noun."""
+        return False
+
+    @model_validator(mode="after")
+    def _subjects_are_told_apart(self) -> Self:
+        if self.also and not self.token_vectors:
+            raise ValueError("also: subjects are told apart by words: token_vectors 1 or more")
+        if self.also and not ("{trigger}" in self.prompt and "{class_noun}" in self.prompt):
+            raise ValueError("prompt: with `also`, write {trigger} and {class_noun} in it")
+        if self.also and self.output_preservation:
+            raise ValueError("output_preservation: is of one class; with `also`, take prior")
+        return self
 
 
 class SvdiffConfig(TrainingConfig):
@@ -385,6 +413,13 @@ class RunImage(Strict):
     caption: str | None = None
 
 
+class MoreSubject(Strict):
+    """Another subject of the same run, with photos of its own."""
+
+    class_noun: str
+    images: list[RunImage] = Field(min_length=1)
+
+
 class RunRequest(Strict):
     """Everything a rank needs; written by the worker as `request.json` in the run folder."""
 
@@ -400,6 +435,7 @@ class RunRequest(Strict):
     base_family: str
     prediction_type: str
     images: list[RunImage]
+    also: list[MoreSubject] = []
     class_images: list[RunImage] = []  # the user's own; else the base draws them
     cache: Path
     clip_encoder: str | None = None

@@ -23,6 +23,7 @@ from lookalike_trainers.data import Bucket, Reference, TrainingData, View
 from lookalike_trainers.denoiser import Denoiser
 from lookalike_trainers.objective import NoiseSchedule
 from lookalike_trainers.prompts import class_caption, class_prompt, validation_prompt
+from lookalike_trainers.subjects import subjects_of
 from lookalike_trainers.views import Shown, class_views, views_by_shape
 
 Say = Callable[[dict[str, Any]], None]
@@ -121,16 +122,29 @@ def _digest_of(images: list[RunImage]) -> str:
 def _class_images(
     request: RunRequest, config: TrainingConfig, parts: BaseParts, say: Say
 ) -> list[RunImage]:
-    """The user's own, or else the base's."""
+    """The user's own, or else the base's: as many for each class there is among the subjects."""
     if request.class_images or not config.prior:
         return request.class_images
-    assert config.resolution is not None
     say({"type": "stage", "stage": "prior"})
+    prompts = [class_prompt(config, one.class_noun) for one in subjects_of(request, config)]
+    return [
+        image
+        for prompt in dict.fromkeys(prompts)
+        for image in _drawn(prompt, request, config, parts, say)
+    ]
+
+
+def _drawn(
+    prompt: str, request: RunRequest, config: TrainingConfig, parts: BaseParts, say: Say
+) -> list[RunImage]:
+    """Class images as the base draws them."""
+    assert config.resolution is not None
+    assert config.prior is not None
     with torch.inference_mode():
         drawn = prior_images(
             PriorRequest(
                 base_fingerprint=request.base_fingerprint,
-                prompt=class_prompt(config, request.class_noun),
+                prompt=prompt,
                 sampler=config.prior.sampler,
                 steps=config.prior.steps,
                 guidance_scale=config.prior.guidance_scale,
@@ -143,7 +157,7 @@ def _class_images(
             lambda done, total: say({"type": "prior", "done": done, "total": total}),
         )
     files = zip(drawn.paths, drawn.digests, strict=True)
-    return [RunImage(path=path, sha256=digest) for path, digest in files]
+    return [RunImage(path=path, sha256=digest, caption=prompt) for path, digest in files]
 
 
 def _features(

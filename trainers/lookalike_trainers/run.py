@@ -66,13 +66,15 @@ def run(folder: Path, say: Say) -> str:
     from lookalike_trainers.methods.find import builder_of
     from lookalike_trainers.prepare import prepare
     from lookalike_trainers.prompts import validation_prompt
+    from lookalike_trainers.subjects import subjects_of
     from lookalike_trainers.validation import Validation
 
     check_encoders(request.clip_encoder, request.dino_encoder)  # before the work, not after it
     world = int(os.environ["WORLD_SIZE"])
     parts = BaseParts(request.base_folder, device, request.cache)
     if config.token_vectors:
-        parts.learn(config.trigger, config.token_vectors)
+        for subject in subjects_of(request, config):
+            parts.learn(subject.config.trigger, config.token_vectors)
     with _first_rank_first(folder):
         data, prior_digest = prepare(request, config, parts, say)
 

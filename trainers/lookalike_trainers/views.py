@@ -14,6 +14,7 @@ from PIL import Image
 from lookalike_datasets.features.views import Cut, Photo
 from lookalike_trainers.config import RunImage, RunRequest, TrainingConfig
 from lookalike_trainers.prompts import class_prompt, instance_captions
+from lookalike_trainers.subjects import subjects_of
 
 Shape = tuple[int, int]
 """Width and height in pixels."""
@@ -46,17 +47,15 @@ def views_by_shape(
     """
     assert config.resolution is not None
     buckets: dict[Shape, list[list[Shown]]] = {}
-    for image in request.images:
-        shape = (config.resolution, config.resolution)
-        if config.aspect_buckets:
-            shape = _nearest(Photo(image.path, image.sha256), config.resolution, multiple)
-        captions = instance_captions(image.caption, config, request.class_noun)
-        views = [
-            view
-            for caption in captions
-            for view in photo_views(Photo(image.path, image.sha256), caption, shape, config)
-        ]
-        buckets.setdefault(shape, []).append(views)
+    for subject in subjects_of(request, config):
+        for image in subject.images:
+            photo = Photo(image.path, image.sha256)
+            shape = (config.resolution, config.resolution)
+            if config.aspect_buckets:
+                shape = _nearest(photo, config.resolution, multiple)
+            captions = instance_captions(image.caption, subject.config, subject.class_noun)
+            views = [v for c in captions for v in photo_views(photo, c, shape, config)]
+            buckets.setdefault(shape, []).append(views)
     return dict(sorted(buckets.items()))
 
 

@@ -25,7 +25,7 @@ from lookalike_registry.formats.kohya import to_kohya
 from lookalike_registry.formats.textual_inversion import to_embeddings
 from lookalike_registry.products import Product, loaded_products, read_lora
 from lookalike_registry.safetensors_header import read_header, with_metadata
-from lookalike_registry.tensor_file import METHOD_KEY, adapter_info
+from lookalike_registry.tensor_file import METHOD_KEY, adapter_info, nth_word
 
 EMBEDDINGS_NAME = "learned_embeds.safetensors"
 SHARE = 0.6
@@ -44,9 +44,16 @@ class Adapter:
     base_folder: Path
 
     @property
-    def rows(self) -> dict[str, torch.Tensor]:
-        """Of learned words, by part."""
-        return {k.removeprefix("tokens."): t for k, t in self._of("tokens").items()}
+    def words(self) -> dict[str, dict[str, torch.Tensor]]:
+        """Learned words by what they answer to: their rows, by part."""
+        rows = {k.removeprefix("tokens."): t for k, t in self._of("tokens").items()}
+        count = self.config.get("subjects", 1) if rows else 0
+        return {
+            nth_word(self.card.trigger, number + 1): {
+                part: tensor.chunk(count)[number] for part, tensor in rows.items()
+            }
+            for number in range(count)
+        }
 
     @property
     def deltas(self) -> dict[str, torch.Tensor]:
@@ -79,9 +86,9 @@ def _as_diffusers(adapter: Adapter, folder: Path) -> Exported:
         return _as_lora(adapter, folder)
     files = [folder / custom_diffusion.WEIGHTS_NAME]
     _write(files[0], custom_diffusion.to_processors(adapter.deltas, adapter.base_folder), adapter)
-    if adapter.rows:
-        token = f"<{adapter.card.trigger}>"
-        files.append(_words(adapter, token, folder / f"{token}.safetensors"))
+    for word, rows in adapter.words.items():
+        files.append(folder / f"<{word}>.safetensors")
+        _write(files[-1], to_embeddings(rows, f"<{word}>"), adapter)
     return Exported(files)
 
 
@@ -94,9 +101,10 @@ def _as_lora(adapter: Adapter, folder: Path) -> Exported:
         if products:
             files.append(folder / WEIGHTS_NAME)
             save_diffusers(files[0], products, adapter.card)
-    if adapter.rows:
-        token = f"<{adapter.card.trigger}>"
-        files.append(_words(adapter, token, folder / EMBEDDINGS_NAME))
+    for word, rows in adapter.words.items():
+        name = EMBEDDINGS_NAME if word == adapter.card.trigger else f"<{word}>.safetensors"
+        files.append(folder / name)
+        _write(files[-1], to_embeddings(rows, f"<{word}>"), adapter)
     return Exported(files, error)
 
 
@@ -106,9 +114,9 @@ def _as_kohya(adapter: Adapter, folder: Path) -> Exported:
     if products:
         files.append(folder / f"{adapter.card.title}.safetensors")
         _write(files[0], to_kohya(products, adapter.base_folder), adapter)
-    if adapter.rows:
-        name = f"{adapter.card.trigger}{'-word' if products else ''}.safetensors"
-        files.append(_words(adapter, None, folder / name))
+    for word, rows in adapter.words.items():
+        files.append(folder / f"{word}{'-word' if products else ''}.safetensors")
+        _write(files[-1], to_embeddings(rows, None), adapter)
     return Exported(files, error)
 
 
@@ -168,11 +176,6 @@ def _compressed(deltas: Mapping[str, torch.Tensor]) -> tuple[dict[str, Product],
             up = thin.up if delta.dim() == 2 else thin.up[:, :, None, None]
             products[name.removesuffix(".weight")] = Product(thin.down, up)
     return products, (missed / size) ** 0.5 if size else 0.0
-
-
-def _words(adapter: Adapter, token: str | None, path: Path) -> Path:
-    _write(path, to_embeddings(adapter.rows, token), adapter)
-    return path
 
 
 def _write(path: Path, tensors: Mapping[str, torch.Tensor], adapter: Adapter) -> None:

@@ -43,7 +43,7 @@ def imported(files: list[Path], base: Path, folder: Path) -> tuple[str, Path]:
         check_against_base(path, base)
         return "lora", path
     path = folder / "adapter.safetensors"
-    about = {"initializer": "dog"}
+    about = {"initializer": "dog", "subjects": 1}
     save_tensors(path, loaded.method, loaded.tensors, about, {})
     check_tensors(path, base)
     return loaded.method, path

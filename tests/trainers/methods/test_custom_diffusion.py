@@ -1,5 +1,6 @@
 """Custom Diffusion against diffusers' own attention processor of it, in float64."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,15 @@ from transformers import CLIPTextModel
 from lookalike_platform.conditioning import Text
 from lookalike_registry.tensor_file import check_tensors
 from lookalike_trainers.base_parts import BaseParts
-from lookalike_trainers.config import CustomDiffusionConfig
+from lookalike_trainers.config import CustomDiffusionConfig, MoreSubject
 from lookalike_trainers.data import Batch
 from lookalike_trainers.methods.custom_diffusion import CustomDiffusion, build, wear
 from lookalike_trainers.methods.method import Card
+from lookalike_trainers.prepare import prepare
+from lookalike_trainers.subjects import subjects_of
+from support_images import photo
 from support_models import RESOLUTION, VAE_SCALE, WIDTH, save_base
+from support_ranks import run_request
 
 CPU = torch.device("cpu")
 SIDE = RESOLUTION // VAE_SCALE
@@ -115,7 +120,7 @@ def test_loss_and_gradients_are_those_of_diffusers_processor(base: Path) -> None
         size = float(slope.abs().max())
         torch.testing.assert_close(ours[name], slope, rtol=1e-6, atol=1e-6 * size)
     size = float(row.abs().max())
-    torch.testing.assert_close(method.rows[0].rows.grad, row, rtol=1e-6, atol=1e-6 * size)
+    torch.testing.assert_close(method.words[0][0].rows.grad, row, rtol=1e-6, atol=1e-6 * size)
 
 
 def test_keys_values_and_the_word_move_and_nothing_else(base: Path) -> None:
@@ -182,3 +187,65 @@ def test_without_a_word_of_its_own_no_text_encoder_is_needed(base: Path, tmp_pat
     assert len(method.module.text_encoders) == 0
     header = check_tensors(method.save(tmp_path, CARD), base)
     assert all(key.startswith("delta.unet.") for key in header.tensors)
+
+
+def test_with_several_subjects_every_word_is_learned_the_last_one_too(
+    base: Path, tmp_path: Path
+) -> None:
+    """Elsewhere the gradient of all words but those up to the last is kept: off by one."""
+    folder = tmp_path / "run"
+    shutil.copytree(base, folder / "base")
+    (folder / "photos").mkdir()
+    for number in range(3):
+        (folder / "photos" / f"{number}.jpg").write_bytes(photo(number))
+    config = CustomDiffusionConfig.model_validate(
+        {
+            "resolution": RESOLUTION,
+            "initializer": "ktn",
+            "batch_size": 3,
+            "caption_dropout": 0.0,
+            "sizes": 2,
+            "token_learning_rate": 0.1,
+            "prior": {"num_images": 1, "steps": 1, "sampler": "ddim"},
+            "also": ["set_2", "set_3"],
+        }
+    )
+    request = run_request(folder, config, method="custom_diffusion")
+    first, second, third = request.images
+    request = request.model_copy(
+        update={
+            "images": [first],
+            "also": [
+                MoreSubject(class_noun="cat", images=[second]),
+                MoreSubject(class_noun="dog", images=[third]),
+            ],
+        }
+    )
+    parts = BaseParts(folder / "base", CPU)
+    for subject in subjects_of(request, config):
+        parts.learn(subject.config.trigger, 1)
+    data, _ = prepare(request, config, parts, lambda message: None)
+    (bucket,) = data.buckets
+    assert (len(bucket.photos), len(bucket.class_images)) == (3, 2)  # a dog and a cat
+
+    method = build(parts, config)
+    start = method.words[0][0].rows.detach().clone()
+    optimizer = torch.optim.AdamW(method.parameter_groups())
+    one = data.batch(0, 0, 0, 1)  # of one photo each
+    method.loss(method.module(one.noisy, one.timesteps, one.text), one).backward()
+    optimizer.step()
+    assert len(method.words) == 3
+    for (word,) in method.words:
+        assert not torch.isclose(word.rows, start, rtol=0, atol=1e-4).any()
+
+    file = method.save(tmp_path, CARD)
+    check_tensors(file, base)
+    worn = BaseParts(base, CPU)
+    take_off = wear(worn, file, 1.0, "mine")
+    theirs = parts.ids(["a sks dog", "a sks-2 cat", "a sks-3 dog"])
+    with torch.no_grad():
+        expected = method.module.text_encoders[0](theirs[:, 0])[0]
+        found = worn.encode(["a mine dog", "a mine-2 cat", "a mine-3 dog"], RESOLUTION).features
+    torch.testing.assert_close(found, expected)
+    take_off()
+    assert worn.learned == {}

@@ -5,7 +5,8 @@ Only the cross-attention's projections of the text c and the rows of the modifie
     K = W^k c,   V = W^v c        W^k: attn2.to_k, W^v: attn2.to_v, [out, in], dense
 
 The first text token begins every prompt, whatever is in it: its K and V pass no gradient on, as in
-the published code. V* starts from a rare word, and stands before the class noun.
+the published code. V* starts from a rare word, and stands before the class noun. Several subjects
+may be learned at once: one V* each, one W^k and W^v for all, photos in any order (section 3.2).
 """
 
 from pathlib import Path
@@ -14,13 +15,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from lookalike_registry.tensor_file import ADAPTER_NAME, save_tensors
+from lookalike_registry.safetensors_header import read_header
+from lookalike_registry.tensor_file import ADAPTER_NAME, adapter_info, nth_word, save_tensors
 from lookalike_trainers.config import CustomDiffusionConfig, TrainingConfig
 from lookalike_trainers.data import Batch
 from lookalike_trainers.denoiser import Denoiser, checkpoint_gradients
 from lookalike_trainers.methods.deltas import differences, wear_deltas
 from lookalike_trainers.methods.method import Card, TakeOff, Wearer
-from lookalike_trainers.methods.tokens import TokenRows, learn_rows, saved_rows, wear_words
+from lookalike_trainers.methods.tokens import learn_rows, saved_rows, wear_words
 from lookalike_trainers.objective import weighted_mse
 
 NAME = "custom_diffusion"
@@ -39,10 +41,11 @@ class CustomDiffusion:
         for layer in projections(unet).values():
             layer.weight.requires_grad_(True)
             layer.register_forward_hook(_hold_first_token)
-        self.rows: list[TokenRows] = []
-        if config.token_vectors:
-            word = str(config.initializer)
-            self.rows = learn_rows(parts, text_encoders, config.trigger, word)
+        self.words = [
+            learn_rows(parts, text_encoders, word, str(config.initializer))
+            for word in parts.learned
+            if config.token_vectors
+        ]
         if config.gradient_checkpointing:
             checkpoint_gradients(unet, text_encoders)
         self.module = Denoiser(
@@ -54,8 +57,8 @@ class CustomDiffusion:
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         groups = [{"params": list(self.weights.values()), "lr": self.config.learning_rate}]
-        if self.rows:
-            rows = [layer.rows for layer in self.rows]
+        rows = [layer.rows for layers in self.words for layer in layers]
+        if rows:
             groups.append(
                 {"params": rows, "lr": self.config.token_learning_rate, "weight_decay": 0.0}
             )
@@ -66,8 +69,11 @@ class CustomDiffusion:
 
     def save(self, folder: Path, card: Card) -> Path:
         path = folder / ADAPTER_NAME
-        tensors = differences(self.weights, self.base) | saved_rows(self.rows)
-        save_tensors(path, NAME, tensors, {}, card.modelspec(NAME))
+        each = [saved_rows(layers) for layers in self.words]
+        rows = {key: torch.cat([word[key] for word in each]) for key in (each[0] if each else ())}
+        tensors = differences(self.weights, self.base) | rows
+        about = {"subjects": len(self.words)}
+        save_tensors(path, NAME, tensors, about, card.modelspec(NAME))
         return path
 
 
@@ -77,16 +83,20 @@ def build(parts: Any, config: TrainingConfig) -> CustomDiffusion:
 
 
 def wear(wearer: Wearer, file: Path, scale: float, word: str) -> TakeOff:
-    """W_base + scale * delta, and the word's rows, which know no scale."""
+    """W_base + scale * delta, and the words' rows, which know no scale."""
     from safetensors.torch import load_file
 
     tensors = load_file(file)
-    without_word = wear_words(wearer, tensors, word)
-    without_deltas = wear_deltas(wearer, tensors, scale)
+    count = adapter_info(read_header(file), file.name).config["subjects"]
+    rows = {key: tensor for key, tensor in tensors.items() if key.startswith("tokens.")}
+    undo = [wear_deltas(wearer, tensors, scale)]
+    for place in range(count):
+        own = {key: tensor.chunk(count)[place] for key, tensor in rows.items()}
+        undo.append(wear_words(wearer, own, nth_word(word, place + 1)))
 
     def take_off() -> None:
-        without_deltas()
-        without_word()
+        for one in undo:
+            one()
 
     return take_off
 
