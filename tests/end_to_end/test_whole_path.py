@@ -52,7 +52,7 @@ def embedded(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
 
 def start_training(client: Client, folder: Path, name: str, config: dict[str, Any]) -> str:
     subject = client.add_subject_set(photos(folder / name), class_noun="dog", name=name)
-    job: str = client.train(subject["id"], config=config)["id"]
+    job: str = client.train(subject["id"], config={"trigger": "sks", **config})["id"]
     return job
 
 

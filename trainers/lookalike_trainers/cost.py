@@ -21,12 +21,14 @@ _RECENT = 5
 class Cost:
     """The preview. Bytes and seconds; seconds are None until a run on this base has finished here.
 
+    trigger: the word that the subject will answer to.
     prior_images: how many the base is to draw of the class.
     state_bytes: base weights of the denoiser (twice where the base's output is preserved),
         trainables, their gradients and AdamW's two moments; activations, which grow with batch_size
         and resolution, come on top.
     """
 
+    trigger: str
     trainable_parameters: int
     adapter_bytes: int
     state_bytes: int
@@ -56,6 +58,7 @@ def preview(
     per_step = _samples_per_step(config, processes)
     rate, source = _samples_per_second(session, base, method, settings)
     return Cost(
+        trigger=config.trigger,
         trainable_parameters=numbers.trained,
         adapter_bytes=numbers.kept * _FLOAT,
         state_bytes=(unet + 4 * numbers.trained) * _FLOAT,

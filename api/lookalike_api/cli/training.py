@@ -59,6 +59,9 @@ def train(
             show(preview, as_json, lambda: facts(preview))
             return
         job = look.train(set_id, **request)
+        if chosen.get("trigger") is None:
+            word = job["request"]["config"]["trigger"]
+            note(f"It will answer to {word}, a rare word here; --set trigger=WORD has it another.")
         if not detach:
             job = _wait(look, job, quiet=as_json)
     show(job, as_json, lambda: _say(job))

@@ -106,7 +106,7 @@ def submit_job(
     key: IdempotencyKey = None,
 ) -> Response:
     """Queue a training job; with `dry_run` only say what it would cost."""
-    config = complete_config(wanted)
+    config = complete_config(context.settings, wanted)
     if query.dry_run:
         with context.db.session() as session:
             _, cost = admit(session, context.settings, owner, wanted, config)

@@ -16,8 +16,9 @@ from lookalike_platform.errors import FieldProblem, InvalidRequest, NotFound
 from lookalike_platform.jobs.store import NewJob
 from lookalike_platform.settings import Settings
 from lookalike_registry.manifest import NAME_PATTERN
-from lookalike_trainers.config import METHODS, MethodInfo, TrainingConfig
+from lookalike_trainers.config import METHODS, CustomDiffusionConfig, MethodInfo, TrainingConfig
 from lookalike_trainers.cost import Cost, preview
+from lookalike_trainers.rare_tokens import rare_words
 
 
 class JobRequest(BaseModel):
@@ -47,15 +48,21 @@ class JobRequest(BaseModel):
     config: Json = Field(default={})
 
 
-def complete_config(wanted: JobRequest) -> TrainingConfig:
+def complete_config(settings: Settings, wanted: JobRequest) -> TrainingConfig:
     """The method's config, taken by its word: "8" is no number and 1 no truth value.
 
+    Where it has no trigger, the rarest word of the base's vocabulary is chosen.
+
     Raises:
-        InvalidRequest: no such method, or wrong values, with the path of each (`config.rank`).
+        InvalidRequest: no such method or base, or wrong values, with the path of each
+            (`config.rank`).
     """
     config = _method(wanted.method).config
+    given = dict(wanted.config)
+    if given.get("trigger") is None:
+        given["trigger"] = _rare_word(_base(settings, wanted.base_model))
     try:
-        return config.model_validate_json(json.dumps(wanted.config), strict=True)
+        return config.model_validate_json(json.dumps(given), strict=True)
     except ValidationError as error:
         raise wrong_values(fields_of(error.errors(), "config")) from error
 
@@ -72,6 +79,9 @@ def admit(
     subject_set = _subject_set(session, owner, wanted.subject_set, "subject_set")
     if config.prior and config.prior.subject_set:
         _subject_set(session, owner, config.prior.subject_set, "config.prior.subject_set")
+    also = config.also if isinstance(config, CustomDiffusionConfig) else ()
+    for place, set_id in enumerate(also):
+        _subject_set(session, owner, set_id, f"config.also[{place}]")
     concept = wanted.concept or subject_set.name
     new = NewJob(
         owner=owner,
@@ -106,6 +116,14 @@ def _base(settings: Settings, name: str | None) -> Base:
         return bases.resolve(name or settings.default_base, settings)
     except InvalidRequest as error:
         raise type(error)(error.detail, [FieldProblem("base_model", error.detail)]) from error
+
+
+def _rare_word(base: Base) -> str:
+    try:
+        return rare_words(base.folder)[0]
+    except InvalidRequest as error:
+        problem = FieldProblem("config.trigger", error.detail)
+        raise InvalidRequest(error.detail, [problem]) from error
 
 
 def _subject_set(session: Session, owner: str, set_id: str, field: str) -> SubjectSet:

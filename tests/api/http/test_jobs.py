@@ -3,11 +3,13 @@ from typing import Any
 
 import pytest
 
+from lookalike_platform.bases import resolve
 from lookalike_platform.db.tables import Job
 from lookalike_platform.jobs import lease as leases
 from lookalike_platform.jobs.store import get
 from lookalike_trainers.assignment import assignment, run_request
-from lookalike_trainers.config import LoraConfig
+from lookalike_trainers.config import LoraConfig, PriorConfig
+from lookalike_trainers.rare_tokens import rare_words
 from support_api import Api, paths_of, problem_of
 
 
@@ -23,7 +25,8 @@ def test_a_job_is_queued_with_its_config_complete_and_its_base_pinned(api: Api) 
     job = answer.json()
     assert answer.headers["location"] == f"/v1/jobs/{job['id']}"
     assert (job["kind"], job["state"], job["concept"]) == ("train", "queued", "rex")
-    expected = LoraConfig.model_validate({"rank": 4, "prior": {"num_images": 2}})
+    chosen = rare_words(resolve("pocket-64", api.settings).folder)[0]
+    expected = LoraConfig(rank=4, prior=PriorConfig(num_images=2), trigger=chosen)
     assert job["request"]["config"] == expected.model_dump(mode="json")
     assert job["base_model"] == "pocket-64"
     assert len(job["base_fingerprint"]) == 64
@@ -217,3 +220,16 @@ def test_the_user_s_own_class_images_are_another_subject_set(api: Api) -> None:
 def test_a_set_of_class_images_that_is_not_there_is_named_by_its_field(api: Api) -> None:
     refused = submit(api, config={"prior": {"subject_set": "set_0000"}})
     assert paths_of(refused) == ["config.prior.subject_set"]
+
+
+def test_a_subject_answers_to_a_rare_word_of_the_base_unless_told_otherwise(api: Api) -> None:
+    rarest = rare_words(resolve("pocket-64", api.settings).folder)[0]
+    for config in ({}, {"trigger": None}):
+        assert submit(api, config=config).json()["request"]["config"]["trigger"] == rarest
+    asked = {"method": "lora", "subject_set": api.add_set()["id"]}
+    shown = api.http.post("/v1/jobs", params={"dry_run": "true"}, json=asked).json()
+    assert shown["trigger"] == rarest
+    own = submit(api, config={"trigger": "zwx", "prompt": "a zwx dog"}).json()
+    assert own["request"]["config"]["trigger"] == "zwx"
+    refused = submit(api, config={"prompt": "a sks dog"})
+    assert "write {trigger}" in str(problem_of(refused, 422))
