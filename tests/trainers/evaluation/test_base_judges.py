@@ -8,6 +8,7 @@ from PIL import Image, ImageDraw
 
 import lookalike_api
 from lookalike_trainers.base_parts import BaseParts
+from lookalike_trainers.draws import generator
 from lookalike_trainers.evaluation.base_classifier import BaseClassifier
 from lookalike_trainers.evaluation.base_features import BaseFeatures, picture_latents
 from lookalike_trainers.evaluation.measures import cosines, resemblance
@@ -55,8 +56,6 @@ def test_the_classifiers_errors_are_the_mean_squared_lengths_of_single_predictio
     photo = picture(1)
     alphas = tiny_parts.scheduler.alphas_cumprod
     x0 = picture_latents(tiny_parts, [photo])
-    from lookalike_trainers.draws import generator
-
     expected = []
     for prompt in prompts:
         total = 0.0
@@ -118,3 +117,23 @@ def test_bases_of_every_family_can_judge(family: str, tmp_path: Path) -> None:
     assert float(cosines(features[:1], features[1:])) < 0.999
     likely = BaseClassifier(parts, draws=2).probabilities(picture(1), ["a dog", "a cat"])
     assert float(likely.sum()) == pytest.approx(1)
+
+
+@torch.no_grad()
+def test_a_base_that_flows_judges_by_the_error_of_its_velocity(tmp_path: Path) -> None:
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    base = save_base(tmp_path)
+    (base / "scheduler" / "scheduler_config.json").unlink()
+    FlowMatchEulerDiscreteScheduler().save_pretrained(base / "scheduler")
+    parts = BaseParts(base, torch.device("cpu"))
+    assert BaseFeatures(parts).encode_images([picture(1)]).isfinite().all()
+
+    x0 = picture_latents(parts, [picture(1)])
+    e = torch.randn(x0.shape[1:], generator=generator("classifier", 0))[None]
+    sigma = 0.501  # the middle of a thousand that rise from 0.001 to 1
+    x_t = (1 - sigma) * x0 + sigma * e
+    said = parts.unet(x_t, 1000 * sigma, parts.encode(["a dog"], 64).features).sample
+    expected = float(((said - (e - x0)) ** 2).sum())
+    found = BaseClassifier(parts, draws=1).errors(picture(1), ["a dog"])
+    assert float(found) == pytest.approx(expected, rel=1e-4)

@@ -6,8 +6,8 @@ denoiser predicts best is the likeliest,
     p(c_i | x) = exp(-E_i) / sum_j exp(-E_j),    E_i = mean over (t, e) of |e - e_theta(x_t, c_i)|^2
 
 The expectation is over one fixed set of (t, e), the same for all prompts: what chance adds to the
-errors then cancels in their differences (section 3.2 of the paper). For a base that predicts v the
-error is v's.
+errors then cancels in their differences (section 3.2 of the paper). For a base that predicts v or a
+flow the error is of that.
 """
 
 from collections.abc import Sequence
@@ -75,6 +75,7 @@ class BaseClassifier:
         told = self._schedule.times[times].to(device)
         noisy = self._schedule.noised(latent, noise, times).to(device)
         target = self._schedule.target(latent, noise, times).to(device)
+        told = self._schedule.times[times].to(device)
         errors = []
         for prompt in prompts:
             said = predict(unet, noisy, told, self._text(prompt).expand(len(times)))

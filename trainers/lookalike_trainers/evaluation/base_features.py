@@ -35,6 +35,7 @@ from lookalike_trainers.draws import generator
 from lookalike_trainers.objective import NoiseSchedule
 
 TIMESTEP = 50
+"""Of a thousand."""
 DRAWS = 4
 _AT_ONCE = 16
 
@@ -70,7 +71,9 @@ class BaseFeatures:
         """[n, channels of the middle block] of clean latents [n, c, h, w]."""
         unet, device = self._parts.unet, self._parts.device
         blank = self._parts.encode([""], self._resolution).expand(len(latents))
-        timesteps = torch.full((len(latents),), TIMESTEP)
+        place = self._schedule.timesteps * TIMESTEP // 1000
+        timesteps = torch.full((len(latents),), place)
+        told = self._schedule.times[timesteps].to(device)
         told = self._schedule.times[timesteps]
         seen: list[torch.Tensor] = []
         hook = unet.mid_block.register_forward_hook(
