@@ -98,7 +98,8 @@ class TLora:
         unet = parts.take("unet")
         text_encoders = parts.take("text_encoders") if config.reads_ids else []
         min_rank = config.rank // 2 if config.min_rank is None else config.min_rank
-        self.mask = RankMask(config.rank, min_rank, len(parts.scheduler.alphas_cumprod))
+        timesteps = parts.scheduler.config.num_train_timesteps
+        self.mask = RankMask(config.rank, min_rank, timesteps)
         self.layers = insert(unet, config.target_modules, self.mask)
         unet.register_forward_pre_hook(self.mask.see, with_kwargs=True)
         self.rows: list[TokenRows] = []
