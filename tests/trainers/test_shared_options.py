@@ -1,7 +1,9 @@
 """Options that change the course of a run, in two processes: averages, early stopping."""
 
+import importlib.util
 import json
 import statistics
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from lookalike_platform.errors import CapabilityMissing
 from lookalike_registry.adapter_file import WEIGHTS_NAME
+from lookalike_trainers import engine
+from lookalike_trainers.config import LoraConfig
 from support_images import photo
 from support_models import save_base
 from support_ranks import Outcome, Scenario, launch
@@ -34,6 +39,8 @@ EARLY = {
     "keep_checkpoints": 40,
     "early_stopping": {"window": WINDOW, "epsilon": EPSILON, "every": 1},
 }
+DREAMBOOTH = {"steps": STEPS, "batch_size": 2, "checkpoint_every": SAVED, "learning_rate": 1e-4}
+EIGHT_BIT = DREAMBOOTH | {"optimizer": "adamw8bit"}
 SCENARIOS = [
     *(Scenario(f"average {stage}", AVERAGED, stage) for stage in (0, 2, 3)),
     *(
@@ -44,6 +51,12 @@ SCENARIOS = [
     Scenario("early resumed", EARLY, resume=("early", SAVED)),
     Scenario("early, zero 3", EARLY, 3),
 ]
+EIGHT_BIT_SCENARIOS = [
+    Scenario("32 bits", DREAMBOOTH, method="dreambooth"),
+    Scenario("8 bits", EIGHT_BIT, method="dreambooth"),
+    Scenario("8 bits resumed", EIGHT_BIT, resume=("8 bits", SAVED), method="dreambooth"),
+]
+HAS_BITSANDBYTES = importlib.util.find_spec("bitsandbytes") is not None
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +71,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def ranks(folder: Path) -> list[dict[str, Outcome]]:
-    return launch(folder, SCENARIOS, world=2)
+    return launch(folder, SCENARIOS + EIGHT_BIT_SCENARIOS * HAS_BITSANDBYTES, world=2)
 
 
 def states(folder: Path, name: str) -> list[dict[str, torch.Tensor]]:
@@ -132,3 +145,28 @@ def test_shares_of_the_weights_are_measured_as_the_whole_ones_are(
     assert ranks[0]["early, zero 3"].error is None
     shared, whole = measured(folder, "early, zero 3"), measured(folder, "early")
     assert shared[:5] == pytest.approx(whole[:5], abs=1e-5)
+
+
+@pytest.mark.skipif(not HAS_BITSANDBYTES, reason="an extra: pip install 'lookalike[eight-bit]'")
+def test_eight_bit_moments_train_nearly_alike_and_come_back_byte_for_byte(
+    ranks: list[dict[str, Outcome]], folder: Path
+) -> None:
+    plain, small, resumed = (ranks[0][n] for n in ("32 bits", "8 bits", "8 bits resumed"))
+    assert small.losses == pytest.approx(plain.losses, rel=0.01)
+    assert small.losses[1:] != plain.losses[1:]
+    kept = states(folder, "8 bits")[0]
+    assert any(t.dtype == torch.uint8 for key, t in kept.items() if key.startswith("state1/"))
+    assert resumed.losses == small.losses
+    assert resumed.weights == small.weights[SAVED:]
+    assert resumed.adapter == small.adapter
+    assert ranks[1]["8 bits"].weights == small.weights
+
+
+@pytest.mark.parametrize(("stage", "what"), [(2, "ZeRO 2"), (0, "bitsandbytes")])
+def test_eight_bit_moments_that_cannot_be_had_say_what_to_do(
+    stage: int, what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
+    config = LoraConfig(optimizer="adamw8bit")
+    with pytest.raises(CapabilityMissing, match=f"{what}.*optimizer to adamw"):
+        engine._optimizer([], config, stage)

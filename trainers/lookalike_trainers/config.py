@@ -87,6 +87,7 @@ class TrainingConfig(Strict):
     text_encoder_learning_rate: float = Field(default=1e-4, gt=0, le=1)  # SD 1.5: 1e-5
     lr_scheduler: Literal["constant", "cosine", "linear"] = "constant"
     lr_warmup_steps: int = Field(default=0, ge=0)
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
     weight_decay: float = Field(default=1e-2, ge=0)
     max_grad_norm: float = Field(default=1.0, gt=0)
     resolution: int | None = Field(default=None, ge=64, le=2048, multiple_of=8)  # None: the base's

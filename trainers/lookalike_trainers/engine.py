@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lookalike_platform.errors import TrainingFailed
+from lookalike_platform.errors import CapabilityMissing, TrainingFailed
 from lookalike_trainers.average import Average
 from lookalike_trainers.config import TrainingConfig
 
@@ -123,7 +123,8 @@ def make_engine(
 
     Weights and optimiser state are kept in float32; bf16 happens inside the module's forward.
 
-    Raises TrainingFailed if the processes launched are not those that found each other.
+    Raises TrainingFailed if the processes launched are not those that found each other,
+    CapabilityMissing for an optimiser that cannot be had here.
     """
     _keep_deepspeed_from_extras()
     from accelerate import Accelerator
@@ -136,7 +137,7 @@ def make_engine(
         deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=_deepspeed_config(config, world, zero_stage)),
         kwargs_handlers=backend,
     )
-    optimizer = torch.optim.AdamW(groups, weight_decay=config.weight_decay, fused=True)
+    optimizer = _optimizer(groups, config, zero_stage)
     rates = [float(group["lr"]) for group in groups]
     model, prepared = accelerator.prepare(module, optimizer)
     # accelerate has told transformers to partition every model it loads from now on (ZeRO 3).
@@ -167,6 +168,25 @@ def make_engine(
             f"{world} processes were launched, and {accelerator.num_processes} found each other"
         )
     return engine
+
+
+def _optimizer(groups: list[dict[str, Any]], config: TrainingConfig, zero_stage: int) -> Any:
+    """AdamW, or the same with moments of 8 bits a value (Dettmers et al. 2022)."""
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(groups, weight_decay=config.weight_decay, fused=True)
+    if zero_stage:
+        raise CapabilityMissing(
+            f"optimizer adamw8bit with ZeRO {zero_stage}, which cuts its moments into shares: "
+            "set zero_stage to 0, or optimizer to adamw"
+        )
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError:
+        raise CapabilityMissing(
+            "optimizer adamw8bit needs bitsandbytes where the trainers run: "
+            "pip install 'lookalike[eight-bit]', or set optimizer to adamw"
+        ) from None
+    return AdamW8bit(groups, weight_decay=config.weight_decay)
 
 
 def _deepspeed_config(config: TrainingConfig, world: int, zero_stage: int) -> dict[str, Any]:

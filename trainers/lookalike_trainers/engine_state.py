@@ -5,6 +5,9 @@
     average/<parameter>                                                with ema_decay
     step                                                               optimiser steps taken
 
+With 8-bit moments, in place of exp_avg and exp_avg_sq what bitsandbytes keeps of them: state1,
+state2, and where those are bytes their scales (absmax1, …) and code books (qmap1, …).
+
 The tensors are those of one process without ZeRO, so a run may go on with another number of
 processes or at another ZeRO stage. Of the frozen weights nothing is kept: the base has them.
 """
@@ -25,14 +28,14 @@ def gather(engine: Engine, module: nn.Module) -> dict[str, torch.Tensor]:
     tensors = {}
     for name, parameter in _trainables(module):
         tensors[f"weight/{name}"] = _get(engine, parameter, None)
-        for moment in MOMENTS:
+        for moment in _moments(engine, parameter):
             tensors[f"{moment}/{name}"] = _get(engine, parameter, moment)
         if engine.average:
             tensors[f"average/{name}"] = engine.average.whole(name)
     tensors |= {f"buffer/{name}": buffer for name, buffer in _buffers(module)}
     state = next(iter(_optimizer(engine).state.values()))
     tensors["step"] = torch.as_tensor(state["step"])
-    return {key: tensor.detach().float().cpu().clone() for key, tensor in tensors.items()}
+    return {key: tensor.detach().cpu().clone() for key, tensor in tensors.items()}
 
 
 def scatter(engine: Engine, module: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
@@ -40,14 +43,14 @@ def scatter(engine: Engine, module: nn.Module, tensors: dict[str, torch.Tensor])
 
     Raises KeyError if the state is of other trainables.
     """
-    _allocate(engine, tensors["step"])
+    _allocate(engine, module, tensors)
     if engine.average:
         averages = {name: tensors[f"average/{name}"] for name, _ in _trainables(module)}
         engine.average.load(int(tensors["step"]), averages)
     for name, parameter in _trainables(module):
         with _whole(engine, parameter), torch.no_grad():
             parameter.copy_(tensors[f"weight/{name}"])
-        for moment in (None, *MOMENTS):
+        for moment in (None, *_moments(engine, parameter)):
             value = tensors[f"{moment or 'weight'}/{name}"].to(engine.device)
             _set(engine, parameter, moment, value)
     for name, buffer in _buffers(module):
@@ -68,6 +71,14 @@ def _optimizer(engine: Engine) -> Any:
     """The torch optimiser inside accelerate's and DeepSpeed's wrappers."""
     inner = engine.optimizer.optimizer
     return inner.optimizer if engine.zero_stage else inner
+
+
+def _moments(engine: Engine, parameter: nn.Parameter) -> list[str]:
+    """What the optimiser keeps of a parameter besides its step."""
+    if engine.zero_stage:
+        return list(MOMENTS)
+    state = _optimizer(engine).state[parameter]
+    return [name for name, value in state.items() if name != "step" and torch.is_tensor(value)]
 
 
 def _get(engine: Engine, parameter: nn.Parameter, moment: str | None) -> torch.Tensor:
@@ -94,16 +105,26 @@ def _set(engine: Engine, parameter: nn.Parameter, moment: str | None, value: tor
         safe_set_full_optimizer_state(parameter, value, moment)
 
 
-def _allocate(engine: Engine, step: torch.Tensor) -> None:
+def _allocate(engine: Engine, module: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
     """Give the optimiser the state it would otherwise make in its first step."""
     zero, optimizer = engine.optimizer.optimizer, _optimizer(engine)
-    match engine.zero_stage:
-        case 0:
-            owned = [p for group in optimizer.param_groups for p in group["params"]]
-        case 1 | 2:
-            owned = zero.single_partition_of_fp32_groups
-        case _:
-            owned = zero.fp32_partitioned_groups_flat
+    step = tensors["step"]
+    if engine.zero_stage == 0:
+        torch_counts = isinstance(optimizer, torch.optim.AdamW)  # in a tensor
+        for name, parameter in _trainables(module):
+            state = {
+                key.removesuffix(f"/{name}"): torch.empty_like(tensor, device=parameter.device)
+                for key, tensor in tensors.items()
+                if key.endswith(f"/{name}") and not key.startswith(("weight/", "average/"))
+            }
+            count = step.to(parameter.device, copy=True) if torch_counts else int(step)
+            optimizer.state[parameter] = {"step": count, **state}
+        return
+    owned = (
+        zero.fp32_partitioned_groups_flat
+        if engine.zero_stage == 3
+        else zero.single_partition_of_fp32_groups
+    )
     for tensor in owned:
         moments = {moment: torch.zeros_like(tensor) for moment in MOMENTS}
         optimizer.state[tensor] = {"step": step.to(tensor.device, copy=True), **moments}
