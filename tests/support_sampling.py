@@ -22,7 +22,13 @@ TEXT_ENCODER = ("q_proj", "k_proj", "v_proj", "out_proj")
 
 
 def save_adapter(
-    path: Path, base: Path, seed: int = 0, *, rank: int = 4, text_encoder: bool = False
+    path: Path,
+    base: Path,
+    seed: int = 0,
+    *,
+    rank: int = 4,
+    text_encoder: bool = False,
+    dora: bool = False,
 ) -> str:
     """Write a LoRA with random weights, large enough to show, and alpha unlike its rank.
 
@@ -32,11 +38,11 @@ def save_adapter(
     from transformers import CLIPTextModel
 
     unet = UNet2DConditionModel.from_pretrained(base / "unet")
-    shapes = {"unet": LoraShape(rank, 2.0 * rank, UNET)}
+    shapes = {"unet": LoraShape(rank, 2.0 * rank, UNET, dora=dora)}
     states = {"unet": _random_lora(unet, shapes["unet"], seed)}
     if text_encoder:
         encoder = CLIPTextModel.from_pretrained(base / "text_encoder")
-        shapes["text_encoder"] = LoraShape(rank, 2.0 * rank, TEXT_ENCODER)
+        shapes["text_encoder"] = LoraShape(rank, 2.0 * rank, TEXT_ENCODER, dora=dora)
         states["text_encoder"] = _random_lora(encoder, shapes["text_encoder"], seed + 100)
     card = LoraCard("a subject", "sd1", 64, "sks", "epsilon", shapes)
     return save_lora(path, states, card)
@@ -76,12 +82,11 @@ def _random_lora(model: Any, shape: LoraShape, seed: int) -> dict[str, Any]:
     import torch
     from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 
-    config = LoraConfig(
-        r=shape.rank, lora_alpha=int(shape.alpha), target_modules=list(shape.targets)
-    )
-    inject_adapter_in_model(config, model)
+    inject_adapter_in_model(LoraConfig(**shape.peft()), model)
     generator = torch.Generator().manual_seed(seed)
     return {
         name: torch.randn(tensor.shape, generator=generator) * 0.3
+        if tensor.dim() > 1
+        else torch.rand(tensor.shape, generator=generator)  # DoRA's lengths
         for name, tensor in get_peft_model_state_dict(model).items()
     }

@@ -13,6 +13,7 @@ from lookalike_api.sampling.loras import ResidentLoras
 from lookalike_api.sampling.messages import AdapterFile
 from lookalike_datasets.features.text import tokenize
 from lookalike_platform.conditioning import Text, encode
+from lookalike_registry.adapter_file import check_against_base
 from lookalike_registry.safetensors_header import read_header
 from lookalike_registry.tensor_file import METHOD_KEY, check_tensors
 from lookalike_trainers.base_parts import spell
@@ -124,15 +125,21 @@ class ResidentBase:
         return max(len(tokenizer(spelled).input_ids) for tokenizer in self.tokenizers)
 
     def _put_on(self, adapter: AdapterFile) -> TakeOff:
-        check_tensors(adapter.path, self.folder)
         method = _method(adapter)
         assert method is not None
+        ours = METHOD_KEY in read_header(adapter.path).metadata
+        (check_tensors if ours else check_against_base)(adapter.path, self.folder)
         return wear_of(method)(self, adapter.path, adapter.scale, adapter.word)
 
 
 def _method(adapter: AdapterFile) -> str | None:
-    """The method that made the file; None for a plain LoRA, which does not say."""
-    return read_header(adapter.path).metadata.get(METHOD_KEY)
+    """The method that puts the file on; None for a LoRA, which stays loaded.
+
+    A DoRA does not: PEFT scales its B A and leaves its lengths, so that 0 would not be the base.
+    """
+    header = read_header(adapter.path)
+    dora = any("lora_magnitude_vector" in key for key in header.tensors)
+    return header.metadata.get(METHOD_KEY, "lora" if dora else None)
 
 
 def _present(pipeline: Any, *names: str) -> list[Any]:

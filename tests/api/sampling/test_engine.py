@@ -1,6 +1,7 @@
 """Our loop against diffusers' own pipeline: the same pictures, pixel by pixel."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +120,23 @@ def test_two_adapters_add_up_at_their_scales(
     both = paint(base, adapters)
     numpy.testing.assert_array_equal(both, plain(base_folder, adapters))
     assert (both != numpy.asarray(paint(base, adapters[:1]))).any()
+
+
+def test_a_dora_is_painted_as_diffusers_paints_it_and_at_scale_0_is_the_base(
+    base: Any, base_folder: Path, adapters: list[AdapterFile], tmp_path: Path
+) -> None:
+    path = tmp_path / "dora.safetensors"
+    digest = save_adapter(path, base_folder, seed=5, text_encoder=True, dora=True)
+    dora = AdapterFile("dora@1", digest, path, 1.0)
+    nothing = replace(dora, scale=0.0)
+    for worn, meant in (
+        ([dora], [dora]),
+        ([nothing], []),
+        ([adapters[0], nothing], [adapters[0]]),
+    ):
+        # Its sums are in another order than PEFT's: 8-bit colours may round either way.
+        ours = numpy.asarray(paint(base, worn), dtype=int)
+        assert numpy.abs(ours - numpy.asarray(plain(base_folder, meant), dtype=int)).max() <= 1
 
 
 def test_adapters_worn_before_leave_no_trace(
