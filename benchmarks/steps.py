@@ -78,11 +78,16 @@ def prepared(name: str, photos: Path, home: Path) -> Run:
         cache=settings.cache,
         device="cpu",
     )
-    parts = BaseParts(base.folder, torch.device("cpu"), settings.cache)
+    return prepare_run(request, config)
+
+
+def prepare_run(request: RunRequest, config: TrainingConfig) -> Run:
+    """The caches filled, as a rank does it."""
+    parts = BaseParts(request.base_folder, torch.device("cpu"), request.cache)
     if config.token_vectors:
         parts.learn(config.trigger, config.token_vectors)
     data, _ = prepare(request, config, parts, lambda message: None)
-    return Run(name, config, base.folder, settings.cache, data)
+    return Run(request.method, config, request.base_folder, request.cache, data)
 
 
 def pictures(folder: Path) -> list[Path]:
