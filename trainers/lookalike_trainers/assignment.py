@@ -24,7 +24,15 @@ from lookalike_registry.manifest import (
     version_id,
     weights_record,
 )
-from lookalike_trainers.config import METHODS, RunImage, RunRequest, TrainingConfig
+from lookalike_trainers.config import (
+    METHODS,
+    CustomDiffusionConfig,
+    MoreSubject,
+    RunImage,
+    RunRequest,
+    TrainingConfig,
+)
+from lookalike_trainers.rare_tokens import rare_words
 
 
 @dataclass(frozen=True)
@@ -32,12 +40,14 @@ class Assignment:
     """A job with its photos (the accepted ones, in order) and its config as it was admitted.
 
     class_photos: the user's own class images, where the config names a set of them.
+    also: more subjects that the same run learns, their sets with their photos.
     """
 
     job: Job
     subject_set: SubjectSet
     photos: list[SubjectImage]
     class_photos: list[SubjectImage]
+    also: list[tuple[SubjectSet, list[SubjectImage]]]
     config: TrainingConfig
 
 
@@ -55,7 +65,10 @@ def assignment(db: Database, job_id: str) -> Assignment:
         if config.prior and config.prior.subject_set:
             class_set = subject_sets.get(session, job.owner, config.prior.subject_set)
             class_photos = _accepted(session, class_set)
-    return Assignment(job, subject_set, photos, class_photos, config)
+        named = config.also if isinstance(config, CustomDiffusionConfig) else ()
+        others = [subject_sets.get(session, job.owner, set_id) for set_id in named]
+        also = [(other, _accepted(session, other)) for other in others]
+    return Assignment(job, subject_set, photos, class_photos, also, config)
 
 
 def _accepted(session: Session, subject_set: SubjectSet) -> list[SubjectImage]:
@@ -75,10 +88,13 @@ def resolve_base(job: Job, settings: Settings) -> Base:
 
 def complete(config: TrainingConfig, base: Base, class_noun: str) -> TrainingConfig:
     """The config with what base and subject decide."""
+    initializer = config.initializer
+    if initializer is None:
+        initializer = class_noun if config.starts_from_noun else rare_words(base.folder)[0]
     return config.model_copy(
         update={
             "resolution": config.resolution or base.resolution,
-            "initializer": config.initializer or class_noun,
+            "initializer": initializer,
         }
     )
 
@@ -101,6 +117,10 @@ def run_request(work: Assignment, blobs: BlobStore, settings: Settings) -> RunRe
         base_family=base.family,
         prediction_type=base.prediction_type,
         images=_as_files(work.photos, blobs),
+        also=[
+            MoreSubject(class_noun=other.class_noun, images=_as_files(photos, blobs))
+            for other, photos in work.also
+        ],
         class_images=_as_files(work.class_photos, blobs),
         cache=settings.cache,
         clip_encoder=settings.clip_encoder,
@@ -124,6 +144,7 @@ def manifest(work: Assignment, result: Path, attempts: int, settings: Settings) 
     base = resolve_base(job, settings)
     summary = json.loads((result / "result.json").read_text())
     request = RunRequest.model_validate_json((result.parent / "request.json").read_text())
+    images = [*request.images, *(i for other in request.also for i in other.images)]
     return Manifest(
         identity=Identity(
             id=version_id(job.id),
@@ -147,7 +168,7 @@ def manifest(work: Assignment, result: Path, attempts: int, settings: Settings) 
         lineage=Lineage(
             subject_set=work.subject_set.id,
             subject_set_digest=work.subject_set.digest,
-            images=[image.sha256 for image in request.images],
+            images=[image.sha256 for image in images],
             prior_digest=summary["prior_digest"],
             config=config.model_dump(mode="json"),
             seed=config.seed,
