@@ -11,16 +11,16 @@ Answers are the API's JSON objects as dictionaries. Every error the API reports 
 LookalikeError it was on the server, with its field paths.
 """
 
-import io
 import json
 import mimetypes
 import re
+import tempfile
 import time
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Self
+from typing import IO, Any, Self
 
 import httpx
 
@@ -237,25 +237,50 @@ class Client:
         saved = []
         for name in version["files"]:
             path = target / Path(name).name
-            path.write_bytes(self._send("GET", f"{at}/{name}").content)
+            with path.open("wb") as file:
+                self._fetch(f"{at}/{name}", file)
             saved.append(path)
         return saved
 
-    def export(self, ref: str, form: str, folder: str | Path) -> tuple[list[Path], float]:
-        """Save an adapter version as other programs load it: diffusers, lora or kohya.
+    def export(
+        self, ref: str, form: str, folder: str | Path, rank: int | None = None
+    ) -> tuple[list[Path], float]:
+        """Save an adapter version as other programs load it: diffusers, lora, kohya or model.
 
-        The files, and which part of it (0 to 1) a LoRA could not hold.
+        rank: of a LoRA made of a dense change, DreamBooth's or Custom Diffusion's.
+
+        Returns:
+            the files, and which part of the change (0 to 1) a LoRA could not hold.
         """
         version = self.adapter_version(ref)
         at = f"/v1/adapters/{version['name']}/versions/{version['version']}/export"
-        answer = self._send("GET", at, params={"format": form}, timeout=300.0)
+        wanted = {"format": form} | ({"rank": rank} if rank else {})
         target = Path(folder)
-        target.mkdir(parents=True, exist_ok=True)
-        with zipfile.ZipFile(io.BytesIO(answer.content)) as archive:
-            names = [Path(name).name for name in archive.namelist()]
-            for name in names:
-                (target / name).write_bytes(archive.read(name))
-        return [target / name for name in names], float(answer.headers["Lookalike-Left-Out"])
+        with tempfile.TemporaryFile() as file:
+            headers = self._fetch(at, file, params=wanted, timeout=300.0)
+            with zipfile.ZipFile(file) as archive:
+                saved = [Path(archive.extract(name, target)) for name in archive.namelist()]
+        return saved, float(headers["Lookalike-Left-Out"])
+
+    def import_adapter(
+        self,
+        files: Sequence[str | Path],
+        *,
+        name: str,
+        class_noun: str,
+        trigger: str,
+        base: str | None = None,
+    ) -> Json:
+        """Make a version of another program's adapter: a file, or weights and a learned word."""
+        fields = {"name": name, "class_noun": class_noun, "trigger": trigger}
+        if base:
+            fields["base_model"] = base
+        with ExitStack() as opened:
+            parts = [
+                ("files", (Path(file).name, opened.enter_context(Path(file).open("rb"))))
+                for file in files
+            ]
+            return self._json("POST", "/v1/imports", data=fields, files=parts, timeout=300.0)
 
     # Pictures
 
@@ -397,6 +422,19 @@ class Client:
     def _send(self, method: str, path: str, **kwargs: Any) -> httpx.Response:
         try:
             return self._ask(method, path, **kwargs)
+        except httpx.TransportError as error:
+            raise self._unreachable(error) from error
+
+    def _fetch(self, path: str, file: IO[bytes], **kwargs: Any) -> httpx.Headers:
+        """Write an answer into the file as it comes: weights may be larger than memory."""
+        try:
+            with self._http.stream("GET", path, **kwargs) as response:
+                if response.is_error:
+                    response.read()
+                    raise _error_of(response)
+                for piece in response.iter_bytes():
+                    file.write(piece)
+                return response.headers
         except httpx.TransportError as error:
             raise self._unreachable(error) from error
 

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from lookalike_platform.errors import FieldProblem, InvalidRequest
 from lookalike_platform.files import atomic_write
-from lookalike_registry.adapter_file import DTYPES, PARTS, finite
+from lookalike_registry.adapter_file import ARCHITECTURES, DTYPES, PARTS, finite
 from lookalike_registry.safetensors_header import Header, Tensor, read_header, with_metadata
 
 if TYPE_CHECKING:
@@ -58,6 +58,22 @@ def save_tensors(
         **{f"modelspec.{key}": value for key, value in modelspec.items()},
     }
     atomic_write(path, with_metadata(save(plain), metadata))
+
+
+def modelspec(
+    method: str, *, title: str, family: str, resolution: int, trigger: str, prediction_type: str
+) -> dict[str, str]:
+    """The fields of ModelSpec 1.0.1, as `save_tensors` takes them."""
+    lora = ARCHITECTURES[family, prediction_type]
+    return {
+        "sai_model_spec": "1.0.1",
+        "architecture": f"{lora.removesuffix('/lora')}/{method.replace('_', '-')}",
+        "implementation": "lookalike",
+        "title": title,
+        "resolution": f"{resolution}x{resolution}",
+        "trigger_phrase": trigger,
+        "prediction_type": {"v_prediction": "v"}.get(prediction_type, prediction_type),
+    }
 
 
 def nth_word(word: str, number: int) -> str:

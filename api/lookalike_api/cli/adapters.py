@@ -97,17 +97,43 @@ def download(
 def export(
     ref: Annotated[str, typer.Argument(metavar="NAME[@VERSION or @ALIAS]")],
     folder: Annotated[Path, typer.Argument(metavar="DIR")],
-    form: Annotated[str, typer.Option("--format", help="diffusers, lora or kohya.")] = "kohya",
+    form: Annotated[
+        str, typer.Option("--format", help="diffusers, lora, kohya or model.")
+    ] = "kohya",
+    rank: Annotated[
+        int | None, typer.Option(help="Of a LoRA made of what DreamBooth changed.")
+    ] = None,
     url: Url = None,
     as_json: AsJson = False,
 ) -> None:
-    """Save a version as other programs load it: kohya is for A1111 and ComfyUI."""
+    """Save a version as other programs load it: kohya is for A1111 and ComfyUI.
+
+    model is the whole base with what DreamBooth changed in it.
+    """
     with connect(url) as look:
-        saved, left_out = look.export(ref, form, folder)
+        saved, left_out = look.export(ref, form, folder, rank)
     paths = [str(path) for path in saved]
     note = f"\nA LoRA holds it but for {left_out:.0%} of its change." if left_out else ""
     report = {"files": paths, "left_out": left_out}
     show(report, as_json, lambda: "\n".join(paths) + note)
+
+
+@app.command("import")
+def import_adapter(
+    files: Annotated[list[Path], typer.Argument(help="Weights, a learned word, or both.")],
+    name: Annotated[str, typer.Option(help="What it is to be called here.")],
+    class_noun: Annotated[str, typer.Option(help="What the subject is: dog.")],
+    trigger: Annotated[str, typer.Option(help="The word that prompts use.")],
+    base: Annotated[str | None, typer.Option(help="What it was trained on.")] = None,
+    url: Url = None,
+    as_json: AsJson = False,
+) -> None:
+    """Make a version of another program's adapter: LoRA of diffusers or kohya, embeddings, …"""
+    with connect(url) as look:
+        version = look.import_adapter(
+            files, name=name, class_noun=class_noun, trigger=trigger, base=base
+        )
+    show(version, as_json, lambda: f"{version['ref']}, a {version['method']} adapter.")
 
 
 def _aliases(aliases: dict[str, int]) -> str:

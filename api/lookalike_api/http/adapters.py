@@ -103,7 +103,7 @@ def list_versions(context: Lookalike, owner: Owner, name: Name) -> Versions:
     with context.db.read_session() as session:
         known = versions.aliases(session, owner, name)
         found = versions.list_versions(session, owner, name)
-        return Versions(items=[_version(version, known) for version in found])
+        return Versions(items=[version_view(version, known) for version in found])
 
 
 @router.get("/{name}/versions/{label}", responses=documented(404, 422))
@@ -111,7 +111,7 @@ def get_version(context: Lookalike, owner: Owner, name: Name, label: Label) -> V
     """The version that a number or an alias means."""
     with context.db.read_session() as session:
         version = versions.resolve(session, owner, f"{name}@{label}")
-        return _version(version, versions.aliases(session, owner, name))
+        return version_view(version, versions.aliases(session, owner, name))
 
 
 @router.delete("/{name}/versions/{number}", status_code=204, responses=documented(404, 409, 422))
@@ -127,7 +127,7 @@ def set_alias(
     """Point an alias (`production`, `candidate`, or one of your own) at a version."""
     version = versions.set_alias(context.db, context.settings, owner, name, alias, target.version)
     with context.db.read_session() as session:
-        return _version(version, versions.aliases(session, owner, name))
+        return version_view(version, versions.aliases(session, owner, name))
 
 
 @router.get(
@@ -184,13 +184,15 @@ def export_version(
     owner: Owner,
     name: Name,
     label: Label,
-    form: Annotated[Literal["diffusers", "lora", "kohya"], Query(alias="format")],
+    form: Annotated[Literal["diffusers", "lora", "kohya", "model"], Query(alias="format")],
+    rank: Annotated[int | None, Query(ge=1, le=1024)] = None,
 ) -> Response:
     """The version as files that other programs load, in one zip.
 
     `diffusers`: what it is, in diffusers' own layout; `lora`: a LoRA for diffusers, made of dense
-    changes by truncated SVD; `kohya`: a LoRA or an embedding for A1111 and ComfyUI. The header
-    `Lookalike-Left-Out` tells which part of a dense change a LoRA could not hold, 0 to 1.
+    changes by truncated SVD; `kohya`: a LoRA or an embedding for A1111 and ComfyUI; `model`: the
+    base with a dense change in it, whole. `rank` is that of a LoRA made of a dense change; the
+    header `Lookalike-Left-Out` tells which part of the change it could not hold, 0 to 1.
     """
     with context.db.read_session() as session:
         version = versions.resolve(session, owner, f"{name}@{label}")
@@ -203,9 +205,9 @@ def export_version(
     weights = context.blobs.path(version.digest)
     zipped = TemporaryFile()  # noqa: SIM115 - closed when it has been sent
     with TemporaryDirectory() as folder, zipfile.ZipFile(zipped, "w") as archive:
-        made = export_apart(weights, base.folder, form, base.family, FilePath(folder))
+        made = export_apart(weights, base.folder, form, base.family, FilePath(folder), rank)
         for path in made.paths:
-            archive.write(path, path.name)
+            archive.write(path, path.relative_to(folder))
     return StreamingResponse(
         _pieces(zipped),
         media_type="application/zip",
@@ -230,7 +232,7 @@ def _adapter(session: Session, owner: str, name: str) -> AdapterView:
     )
 
 
-def _version(version: AdapterVersion, aliases: dict[str, int]) -> VersionView:
+def version_view(version: AdapterVersion, aliases: dict[str, int]) -> VersionView:
     manifest = Manifest.model_validate(version.manifest)
     return VersionView.model_validate(
         {

@@ -13,6 +13,7 @@ from lookalike_api.http import (
     evaluations,
     generations,
     health,
+    imports,
     jobs,
     openapi,
     problems,
@@ -29,10 +30,13 @@ from lookalike_platform.settings import Settings, get_settings
 JSON_BYTES = 2**20  # of any body that is not an upload
 FORM_BYTES = 2**20  # of what a form holds beside its files
 
+UPLOADS = (subject_sets.router.prefix, imports.router.prefix)
+
 ROUTERS = [
     subject_sets.router,
     jobs.router,
     adapters.router,
+    imports.router,
     generations.router,
     evaluations.router,
     catalog.router,
@@ -76,6 +80,6 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.add_middleware(
         BodyLimit,
         limit=JSON_BYTES,
-        by_path={"/v1/subject-sets": settings.max_upload_bytes + FORM_BYTES},
+        by_path=dict.fromkeys(UPLOADS, settings.max_upload_bytes + FORM_BYTES),
     )
     return app

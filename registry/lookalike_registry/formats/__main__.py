@@ -1,24 +1,44 @@
-"""The process of `process.export_apart`. Torch."""
+"""The process of process.py. Torch."""
 
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from lookalike_platform.errors import CapabilityMissing, InvalidRequest
+from lookalike_registry.adapter_file import LoraCard, check_against_base
 from lookalike_registry.formats.export import export
+from lookalike_registry.formats.load import load, save
 from lookalike_registry.formats.process import PROBLEM
+from lookalike_registry.tensor_file import check_tensors
 
 
 def main() -> int:
-    adapter, base_folder, form, family, folder = sys.argv[1:]
+    order = json.loads(sys.argv[1])
     try:
-        made = export(Path(adapter), Path(base_folder), form, family, Path(folder))
+        said = _export(order) if order["do"] == "export" else _import(order)
     except (InvalidRequest, CapabilityMissing) as error:
         fields = [[field.path, field.message] for field in error.fields]
         print(json.dumps({"slug": error.slug, "detail": error.detail, "fields": fields}))
         return PROBLEM
-    print(json.dumps({"files": [path.name for path in made.files], "left_out": made.error}))
+    print(json.dumps(said))
     return 0
+
+
+def _export(order: dict[str, Any]) -> dict[str, Any]:
+    adapter, base, folder = (Path(order[key]) for key in ("adapter", "base", "folder"))
+    made = export(adapter, base, order["form"], order["family"], folder, order["rank"])
+    files = [path.relative_to(folder).as_posix() for path in made.files]
+    return {"files": files, "left_out": made.error}
+
+
+def _import(order: dict[str, Any]) -> dict[str, Any]:
+    base, folder, about = Path(order["base"]), Path(order["folder"]), order["about"]
+    loaded = load([Path(file) for file in order["files"]], base)
+    noun = about.pop("class_noun")
+    path = save(loaded, folder, LoraCard(**about, shapes={}), noun)
+    (check_against_base if loaded.products else check_tensors)(path, base)
+    return {"method": loaded.method, "file": path.name}
 
 
 if __name__ == "__main__":

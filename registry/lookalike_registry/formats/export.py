@@ -3,13 +3,14 @@
     diffusers   what it is, in diffusers' own layout
     lora        a LoRA for diffusers, whatever it is: dense changes by truncated SVD
     kohya       a LoRA, or an embedding, as A1111 and ComfyUI load it
+    model       the base with the dense changes in it, a whole diffusers folder
 
 Learned words are a file of their own in all of them.
 """
 
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from lookalike_registry.formats import custom_diffusion
 from lookalike_registry.formats.diffusers_lora import save_diffusers
 from lookalike_registry.formats.kohya import to_kohya
 from lookalike_registry.formats.textual_inversion import to_embeddings
+from lookalike_registry.formats.whole_model import save_model
 from lookalike_registry.products import Product, loaded_products, read_lora
 from lookalike_registry.safetensors_header import read_header, with_metadata
 from lookalike_registry.tensor_file import METHOD_KEY, adapter_info, nth_word
@@ -34,7 +36,10 @@ SHARE = 0.6
 
 @dataclass(frozen=True)
 class Adapter:
-    """One of our files, open. tensors: by their keys in adapter files; none for plain LoRA's."""
+    """One of our files, open. tensors: by their keys in adapter files; none for plain LoRA's.
+
+    rank: of the LoRA that dense changes are made into; None: as SHARE needs.
+    """
 
     path: Path
     method: str
@@ -42,6 +47,7 @@ class Adapter:
     card: LoraCard
     tensors: Mapping[str, torch.Tensor]
     base_folder: Path
+    rank: int | None = None
 
     @property
     def words(self) -> dict[str, dict[str, torch.Tensor]]:
@@ -71,12 +77,18 @@ class Exported:
     error: float = 0.0
 
 
-def export(path: Path, base_folder: Path, form: str, family: str, folder: Path) -> Exported:
+def export(
+    path: Path, base_folder: Path, form: str, family: str, folder: Path, rank: int | None = None
+) -> Exported:
     """Write the files of a format (`FORMATS`) into the folder.
+
+    Args:
+        rank: of the LoRA that dense changes are made into; None: what keeps SHARE of them.
 
     Raises CapabilityMissing for an adapter that the format cannot hold.
     """
-    return FORMATS[form](_open(path, base_folder, family), folder)
+    adapter = replace(_open(path, base_folder, family), rank=rank)
+    return FORMATS[form](adapter, folder)
 
 
 def _as_diffusers(adapter: Adapter, folder: Path) -> Exported:
@@ -120,10 +132,22 @@ def _as_kohya(adapter: Adapter, folder: Path) -> Exported:
     return Exported(files, error)
 
 
+def _as_model(adapter: Adapter, folder: Path) -> Exported:
+    kinds = {key.partition(".")[0] for key in adapter.tensors} - {"tokens"}
+    if kinds != {"delta"}:
+        raise CapabilityMissing(f"{adapter.method} as a whole model: it is no change of weights")
+    files = save_model(adapter.deltas, adapter.base_folder, folder)
+    for word, rows in adapter.words.items():
+        files.append(folder / f"<{word}>.safetensors")
+        _write(files[-1], to_embeddings(rows, f"<{word}>"), adapter)
+    return Exported(files)
+
+
 FORMATS: dict[str, Callable[[Adapter, Path], Exported]] = {
     "diffusers": _as_diffusers,
     "lora": _as_lora,
     "kohya": _as_kohya,
+    "model": _as_model,
 }
 
 
@@ -137,7 +161,7 @@ def _open(path: Path, base_folder: Path, family: str) -> Adapter:
         family=family,
         resolution=int(spec["resolution"].partition("x")[0]),
         trigger=spec["trigger_phrase"],
-        prediction_type="v_prediction" if spec["prediction_type"] == "v" else "epsilon",
+        prediction_type={"v": "v_prediction"}.get(spec["prediction_type"], spec["prediction_type"]),
         shapes={},
     )
     if METHOD_KEY not in header.metadata:
@@ -157,21 +181,26 @@ def _products(adapter: Adapter) -> tuple[dict[str, Product], float]:
     if (kinds <= {"lora"} and adapter.method == "lora") or not kinds:
         return loaded_products(adapter.tensors), 0.0
     if kinds == {"delta"}:
-        return _compressed(adapter.deltas)
+        return _compressed(adapter.deltas, adapter.rank)
     raise CapabilityMissing(f"{adapter.method} as a LoRA: other programs cannot compute it")
 
 
-def _compressed(deltas: Mapping[str, torch.Tensor]) -> tuple[dict[str, Product], float]:
-    """Each matrix's change by the directions that reach SHARE; biases and norms are left out."""
+def _compressed(
+    deltas: Mapping[str, torch.Tensor], rank: int | None
+) -> tuple[dict[str, Product], float]:
+    """Each matrix's change by its `rank` first directions, or those that reach SHARE.
+
+    Biases, norms and embeddings are left out, as LoRAs have none.
+    """
     products, missed, size = {}, 0.0, 0.0
     for key, delta in deltas.items():
         square = float(delta.double().square().sum())
         size += square
         name = key.removeprefix("delta.")
-        if delta.dim() not in (2, 4) or not name.endswith(".weight") or "embedding" in name:
+        if delta.dim() not in (2, 4) or not name.endswith(".weight") or ".embeddings." in name:
             missed += square
         elif square:
-            thin = compress(delta.float(), share=SHARE)
+            thin = compress(delta.float(), rank=rank, share=None if rank else SHARE)
             missed += square * thin.error**2
             up = thin.up if delta.dim() == 2 else thin.up[:, :, None, None]
             products[name.removesuffix(".weight")] = Product(thin.down, up)

@@ -3,18 +3,28 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
 from lookalike_platform.errors import FieldProblem, InvalidRequest
+from lookalike_registry.adapter_file import WEIGHTS_NAME, LoraCard
 from lookalike_registry.formats.custom_diffusion import from_processors, is_processors
-from lookalike_registry.formats.diffusers_lora import from_diffusers, is_diffusers_lora
+from lookalike_registry.formats.diffusers_lora import (
+    from_diffusers,
+    is_diffusers_lora,
+    save_diffusers,
+)
 from lookalike_registry.formats.kohya import from_kohya, is_kohya
 from lookalike_registry.formats.textual_inversion import from_embeddings, is_embeddings
 from lookalike_registry.products import Product, saved_products
 from lookalike_registry.safetensors_header import read_header
-from lookalike_registry.tensor_file import parameter_shapes
+from lookalike_registry.tensor_file import (
+    ADAPTER_NAME,
+    modelspec,
+    parameter_shapes,
+    save_tensors,
+)
 
 
 @dataclass(frozen=True)
@@ -61,6 +71,33 @@ def load(files: Sequence[Path], base_folder: Path) -> Loaded:
     if products:
         return Loaded("lora", products=products)
     return Loaded("textual_inversion", tensors=learned)
+
+
+def save(loaded: Loaded, folder: Path, card: LoraCard, class_noun: str) -> Path:
+    """Write it as one of our files. card: its shapes are found here, and may be none.
+
+    class_noun: where a learned word begins when the adapter acts at scale 0.
+    """
+    if loaded.products:
+        path = folder / WEIGHTS_NAME
+        save_diffusers(path, loaded.products, card)
+        return path
+    about: dict[str, dict[str, Any]] = {
+        "lora": {},
+        "textual_inversion": {"initializer": class_noun},
+        "custom_diffusion": {"subjects": int(any(k.startswith("tokens.") for k in loaded.tensors))},
+    }
+    spec = modelspec(
+        loaded.method,
+        title=card.title,
+        family=card.family,
+        resolution=card.resolution,
+        trigger=card.trigger,
+        prediction_type=card.prediction_type,
+    )
+    path = folder / ADAPTER_NAME
+    save_tensors(path, loaded.method, loaded.tensors, about[loaded.method], spec)
+    return path
 
 
 def _widths(base_folder: Path) -> dict[str, int]:

@@ -1,15 +1,17 @@
-"""Exporting in a process of its own, for those who run without torch. Torch-free.
+"""Exporting and importing in a process of its own, for those who run without torch. Torch-free.
 
-    python -m lookalike_registry.formats ADAPTER BASE_FOLDER FORMAT FAMILY OUT_FOLDER
+    python -m lookalike_registry.formats '{"do": "export" | "import", …}'
 
-It says in JSON which files it wrote, or what problem there was.
+It says in JSON what it wrote, or what problem there was.
 """
 
 import json
 import subprocess
 import sys
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from lookalike_platform.errors import CapabilityMissing, FieldProblem, InvalidRequest
 
@@ -19,24 +21,62 @@ _SECONDS = 300.0
 
 
 @dataclass(frozen=True)
-class Files:
+class Exported:
     """What was written; left_out: of a change made thin, ||dW - B A|| / ||dW||."""
 
     paths: list[Path]
     left_out: float
 
 
-def export_apart(adapter: Path, base_folder: Path, form: str, family: str, folder: Path) -> Files:
+@dataclass(frozen=True)
+class About:
+    """What an imported file cannot say of itself; see `LoraCard`."""
+
+    title: str
+    family: str
+    resolution: int
+    trigger: str
+    prediction_type: str
+    class_noun: str
+
+
+def export_apart(
+    adapter: Path, base: Path, form: str, family: str, folder: Path, rank: int | None = None
+) -> Exported:
     """Write the files of a format into the folder; see `export.export`.
 
     Raises what it raises, and CapabilityMissing if the process ended without a word.
     """
+    said = _run(
+        do="export",
+        adapter=str(adapter),
+        base=str(base),
+        form=form,
+        family=family,
+        folder=str(folder),
+        rank=rank,
+    )
+    return Exported([folder / name for name in said["files"]], said["left_out"])
+
+
+def import_apart(files: Sequence[Path], base: Path, about: About, folder: Path) -> tuple[str, Path]:
+    """The method and our file, in the folder, of a foreign adapter that fits the base.
+
+    Raises what `load.load` raises, and CapabilityMissing if the process ended without a word.
+    """
+    said = _run(
+        do="import",
+        files=[str(file) for file in files],
+        base=str(base),
+        about=asdict(about),
+        folder=str(folder),
+    )
+    return said["method"], folder / said["file"]
+
+
+def _run(**order: Any) -> Mapping[str, Any]:
     done = subprocess.run(
-        [
-            sys.executable,
-            *("-m", "lookalike_registry.formats"),
-            *map(str, (adapter, base_folder, form, family, folder)),
-        ],
+        [sys.executable, "-m", "lookalike_registry.formats", json.dumps(order)],
         capture_output=True,
         text=True,
         timeout=_SECONDS,
@@ -44,10 +84,10 @@ def export_apart(adapter: Path, base_folder: Path, form: str, family: str, folde
     )
     if done.returncode not in (0, PROBLEM):
         last = done.stderr.strip().rpartition("\n")[2]
-        raise CapabilityMissing(f"The export ended with code {done.returncode}: {last}")
-    said = json.loads(done.stdout.strip().rpartition("\n")[2])
+        raise CapabilityMissing(f"The {order['do']} ended with code {done.returncode}: {last}")
+    said: dict[str, Any] = json.loads(done.stdout.strip().rpartition("\n")[2])
     if done.returncode == PROBLEM:
         kinds = {kind.slug: kind for kind in (InvalidRequest, CapabilityMissing)}
         fields = [FieldProblem(*field) for field in said["fields"]]
         raise kinds[said["slug"]](said["detail"], fields)
-    return Files([folder / name for name in said["files"]], said["left_out"])
+    return said

@@ -80,6 +80,7 @@ def test_a_version_is_exported_for_other_programs(api: Api, tmp_path: Path) -> N
     assert sorted(read_header(made).tensors) == [f"{module}.{side}" for side in sides]
     at = "/v1/adapters/rex/versions/1/export"
     problem_of(api.http.get(f"{at}?format=gguf"), 422)
+    assert "whole model" in problem_of(api.http.get(f"{at}?format=model"), 501)["detail"]
 
 
 @pytest.mark.parametrize(

@@ -9,12 +9,11 @@ from safetensors.torch import load_file, save_file
 
 from lookalike_platform.errors import CapabilityMissing, InvalidRequest
 from lookalike_registry.adapter_file import LoraCard, check_against_base
-from lookalike_registry.formats.diffusers_lora import save_diffusers
 from lookalike_registry.formats.export import Exported, export
 from lookalike_registry.formats.kohya import spellings
-from lookalike_registry.formats.load import load
+from lookalike_registry.formats.load import load, save
 from lookalike_registry.products import Product
-from lookalike_registry.tensor_file import check_tensors, save_tensors
+from lookalike_registry.tensor_file import check_tensors
 from support_formats import diffusers_paints, pipeline, same, saved, we_paint
 
 PROMPT = "a sks dog"
@@ -27,25 +26,17 @@ LORA: dict[str, Any] = {
 }
 
 
-def exported(file: Path, base: Path, form: str, folder: Path) -> Exported:
+def exported(file: Path, base: Path, form: str, folder: Path, rank: int | None = None) -> Exported:
     folder.mkdir(exist_ok=True)
-    return export(file, base, form, base.name, folder)
+    return export(file, base, form, base.name, folder, rank)
 
 
 def imported(files: list[Path], base: Path, folder: Path) -> tuple[str, Path]:
     """A foreign adapter as one of our files, checked."""
     folder.mkdir(exist_ok=True)
     loaded = load(files, base)
-    if loaded.products:
-        path = folder / "pytorch_lora_weights.safetensors"
-        card = LoraCard("robot", base.name, 64, "sks", "epsilon", {})
-        save_diffusers(path, loaded.products, card)
-        check_against_base(path, base)
-        return "lora", path
-    path = folder / "adapter.safetensors"
-    about = {"initializer": "dog", "subjects": 1}
-    save_tensors(path, loaded.method, loaded.tensors, about, {})
-    check_tensors(path, base)
+    path = save(loaded, folder, LoraCard("robot", base.name, 64, "sks", "epsilon", {}), "dog")
+    (check_against_base if loaded.products else check_tensors)(path, base)
     return loaded.method, path
 
 
@@ -127,6 +118,39 @@ def test_custom_diffusion_as_a_lora_keeps_what_its_error_says(base: Path, tmp_pa
     both = we_paint(base, PROMPT, *imported([lora, words], base, tmp_path / "back"))
     again = we_paint(base, PROMPT, *imported(made.files, base, tmp_path / "again"))
     assert same(both, again)
+
+
+def test_dreambooth_as_a_whole_model_paints_the_same_in_plain_diffusers(
+    base: Path, tmp_path: Path
+) -> None:
+    file = saved(base, tmp_path / "own", "dreambooth", train_text_encoder=True)
+    ours = we_paint(base, PROMPT, "dreambooth", file)
+    (tmp_path / "model").mkdir()
+    whole = tmp_path / "model" / base.name
+    assert exported(file, base, "model", whole).error == 0
+    assert same(diffusers_paints(pipeline(whole), PROMPT), ours)
+    assert same(we_paint(whole, PROMPT), ours)
+    with pytest.raises(CapabilityMissing, match="lora as a whole model"):
+        exported(saved(base, tmp_path / "lora", "lora"), base, "model", tmp_path / "none")
+
+
+def test_dreambooth_as_a_lora_of_a_rank_has_the_error_it_says(base: Path, tmp_path: Path) -> None:
+    file = saved(base, tmp_path / "own", "dreambooth")
+    deltas = {k: t.double() for k, t in load_file(file).items()}
+    size = sum(float(delta.square().sum()) for delta in deltas.values())
+    errors = []
+    for rank in (1, 6):
+        made = exported(file, base, "lora", tmp_path / str(rank), rank)
+        kept = sum(
+            float(torch.linalg.svdvals(delta.flatten(1))[:rank].square().sum())
+            for delta in deltas.values()
+            if delta.dim() > 1
+        )
+        assert made.error == pytest.approx((1 - kept / size) ** 0.5, rel=1e-4)
+        products = load(made.files, base).products
+        assert {len(product.down) for product in products.values()} <= set(range(1, rank + 1))
+        errors.append(made.error)
+    assert errors[1] < errors[0]
 
 
 def test_pivotal_tuning_is_a_lora_and_a_word(base: Path, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 import torch
 
-from lookalike_registry.adapter_file import ARCHITECTURES
+from lookalike_registry.tensor_file import modelspec
 from lookalike_trainers.config import TrainingConfig
 from lookalike_trainers.data import Batch
 from lookalike_trainers.denoiser import Denoiser
@@ -25,18 +25,7 @@ class Card:
 
     def modelspec(self, method: str) -> dict[str, str]:
         """The fields of ModelSpec 1.0.1, as `tensor_file.save_tensors` takes them."""
-        lora = ARCHITECTURES[self.family, self.prediction_type]
-        return {
-            "sai_model_spec": "1.0.1",
-            "architecture": f"{lora.removesuffix('/lora')}/{method.replace('_', '-')}",
-            "implementation": "lookalike",
-            "title": self.title,
-            "resolution": f"{self.resolution}x{self.resolution}",
-            "trigger_phrase": self.trigger,
-            "prediction_type": {"v_prediction": "v"}.get(
-                self.prediction_type, self.prediction_type
-            ),
-        }
+        return modelspec(method, **vars(self))
 
 
 class Method(Protocol):
