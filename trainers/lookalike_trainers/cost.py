@@ -24,8 +24,8 @@ class Cost:
     trigger: the word that the subject will answer to.
     prior_images: how many the base is to draw of the class.
     state_bytes: base weights of the denoiser (twice where the base's output is preserved),
-        trainables, their gradients and AdamW's two moments; activations, which grow with batch_size
-        and resolution, come on top.
+        trainables, their gradients, AdamW's two moments and the moving average if there is one;
+        activations, which grow with batch_size and resolution, come on top.
     """
 
     trigger: str
@@ -61,7 +61,7 @@ def preview(
         trigger=config.trigger,
         trainable_parameters=numbers.trained,
         adapter_bytes=numbers.kept * _FLOAT,
-        state_bytes=(unet + 4 * numbers.trained) * _FLOAT,
+        state_bytes=unet * _FLOAT + numbers.trained * _bytes_each(config),
         steps=config.steps,
         samples=config.steps * per_step,
         processes=processes,
@@ -69,6 +69,13 @@ def preview(
         seconds=round(config.steps * per_step / rate, 1) if rate else None,
         seconds_based_on=source,
     )
+
+
+def _bytes_each(config: TrainingConfig) -> int:
+    """What training keeps of one number that trains."""
+    moments = 2 if config.optimizer == "adamw8bit" else 2 * _FLOAT
+    average = _FLOAT if config.ema_decay else 0
+    return 2 * _FLOAT + moments + average
 
 
 def _samples_per_step(config: TrainingConfig, processes: int) -> int:

@@ -191,6 +191,23 @@ def test_a_dry_run_says_the_cost_and_queues_nothing(api: Api) -> None:
     assert api.http.get("/v1/jobs").json()["items"] == []
 
 
+def test_the_cost_counts_what_options_keep_in_memory(api: Api) -> None:
+    subject_set = api.add_set()["id"]
+
+    def cost(**config: Any) -> Any:
+        wanted = {"method": "lora", "subject_set": subject_set, "config": config}
+        return api.http.post("/v1/jobs", params={"dry_run": "true"}, json=wanted).json()
+
+    plain = cost()
+    trained = plain["trainable_parameters"]
+    unet = plain["state_bytes"] - 16 * trained  # weight, gradient and two moments, 4 bytes each
+    assert cost(ema_decay=0.9)["state_bytes"] == plain["state_bytes"] + 4 * trained
+    assert cost(optimizer="adamw8bit")["state_bytes"] == plain["state_bytes"] - 6 * trained
+    preserving = cost(output_preservation={})
+    assert preserving["state_bytes"] == plain["state_bytes"] + unet
+    assert preserving["samples"] == 2 * plain["samples"]
+
+
 def test_targets_the_base_does_not_have_are_refused_by_name(api: Api) -> None:
     assert paths_of(submit(api, config={"targets": ["to_z"]})) == ["config.targets"]
     assert api.http.get("/v1/jobs").json()["items"] == []
