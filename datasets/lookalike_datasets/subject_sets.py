@@ -107,9 +107,10 @@ def delete(db: Database, blobs: BlobStore, owner: str, id: str) -> None:
         found = get(session, owner, id)
         session.refresh(found, with_for_update=True)  # a job submitted now waits, and fails
         of_class = Job.request["config", "prior", "subject_set"].as_string() == id
+        also = Job.request["config", "also"].as_string().contains(f'"{id}"', autoescape=True)
         user = session.scalar(
             select(Job.id)
-            .where(or_(Job.subject_set_id == id, of_class), Job.state.not_in(TERMINAL))
+            .where(or_(Job.subject_set_id == id, of_class, also), Job.state.not_in(TERMINAL))
             .limit(1)
         )
         if user is not None:

@@ -234,6 +234,22 @@ def test_the_user_s_own_class_images_are_another_subject_set(api: Api) -> None:
     assert preview["prior_images"] == 0
 
 
+def test_custom_diffusion_learns_more_subjects_of_sets_it_is_told(api: Api) -> None:
+    photos, other = api.add_set(), api.add_set("tom", 4)
+    config = {"also": [other["id"]]}
+    job = submit(api, subject_set=photos["id"], method="custom_diffusion", config=config).json()
+    work = assignment(api.context.db, job["id"])
+    told = run_request(work, api.context.blobs, api.settings)
+    (second,) = told.also
+    assert second.class_noun == other["class_noun"]
+    assert [image.sha256 for image in second.images] == [i["sha256"] for i in other["images"]]
+    assert told.config["initializer"] == rare_words(told.base_folder)[0]
+    problem_of(api.http.delete(f"/v1/subject-sets/{other['id']}"), 409)
+
+    refused = submit(api, method="custom_diffusion", config={"also": ["set_0000"]})
+    assert paths_of(refused) == ["config.also[0]"]
+
+
 def test_a_set_of_class_images_that_is_not_there_is_named_by_its_field(api: Api) -> None:
     refused = submit(api, config={"prior": {"subject_set": "set_0000"}})
     assert paths_of(refused) == ["config.prior.subject_set"]
