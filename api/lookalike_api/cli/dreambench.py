@@ -14,6 +14,7 @@ from lookalike_platform.errors import InvalidRequest
 from lookalike_platform.files import atomic_write
 
 if TYPE_CHECKING:
+    from lookalike_platform.bases import Base
     from lookalike_trainers.evaluation.protocol import Cell, Contender
 
 
@@ -53,9 +54,9 @@ def dreambench(
 
     settings = read_settings()
     place = out or settings.home / "dreambench"
-    rows = _rows(methods, config, parse_options(options or []))
-    subjects = read_subjects(folder)
     known = bases.resolve(base or settings.default_base, settings)
+    rows = _rows(methods, config, parse_options(options or []), known)
+    subjects = read_subjects(folder)
     workshop = open_workshop(known, settings, place / "runs", _say)
     asked = protocol.Protocol(workshop.decides(), images, class_images, seed, prompts)
 
@@ -73,7 +74,7 @@ def dreambench(
 
 
 def _rows(
-    methods: list[str] | None, config: Path | None, options: dict[str, Any]
+    methods: list[str] | None, config: Path | None, options: dict[str, Any], base: "Base"
 ) -> list["Contender"]:
     """What is compared: the tables of the file, else each method as it comes."""
     from lookalike_trainers.config import METHODS
@@ -81,7 +82,7 @@ def _rows(
 
     if config is None:
         names = methods or [method.name for method in METHODS]
-        return [contender(name, name, options) for name in names]
+        return [contender(name, name, options, base) for name in names]
     if methods:
         raise InvalidRequest("Name methods in the file or with --method, not both.")
     try:
@@ -93,7 +94,7 @@ def _rows(
         if not isinstance(row, dict):
             raise InvalidRequest(f"{config}: {name} stands outside a table; write [{name}].")
         method = str(row.pop("method", name))
-        rows.append(contender(name, method, {**row, **options}))
+        rows.append(contender(name, method, {**row, **options}, base))
     return rows
 
 

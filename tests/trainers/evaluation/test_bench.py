@@ -5,8 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from lookalike_platform.bases import Base, resolve
 from lookalike_platform.errors import InvalidRequest
+from lookalike_platform.settings import Settings
 from lookalike_trainers.evaluation.bench import contender
+from lookalike_trainers.rare_tokens import rare_words
 from support_cli import Lookalike, runner
 from support_images import photo
 from support_models import save_base
@@ -72,11 +75,28 @@ def test_a_table_comes_out_and_nothing_is_computed_twice(
     assert set(json.loads(kept)["rows"]) == {"low", "high", "real photos"}
 
 
-def test_options_a_method_does_not_have_are_named_with_their_row() -> None:
+@pytest.fixture(scope="module")
+def pocket(tmp_path_factory: pytest.TempPathFactory) -> Base:
+    return resolve("pocket-64", Settings(home=tmp_path_factory.mktemp("home")))
+
+
+def test_options_a_method_does_not_have_are_named_with_their_row(pocket: Base) -> None:
     with pytest.raises(InvalidRequest, match=r"low\.rnk"):
-        contender("low", "lora", {"rnk": 3})
+        contender("low", "lora", {"rnk": 3}, pocket)
     with pytest.raises(InvalidRequest, match="no method 'lara'"):
-        contender("low", "lara", {})
+        contender("low", "lara", {}, pocket)
+
+
+def test_a_row_calls_its_subject_as_its_method_does(pocket: Base) -> None:
+    rare = rare_words(pocket.folder)[0]
+    assert contender("a", "lora", {}, pocket).calls == f"{rare} {{class_noun}}"
+    assert contender("a", "lora", {"trigger": "sks"}, pocket).calls == "sks {class_noun}"
+    assert contender("a", "textual_inversion", {}, pocket).calls == rare
+
+
+def test_subject_sets_of_the_database_are_refused(pocket: Base) -> None:
+    with pytest.raises(InvalidRequest, match="subject sets"):
+        contender("a", "custom_diffusion", {"also": ["set_1"]}, pocket)
 
 
 def test_rows_are_named_in_the_file_or_on_the_command_line_but_not_in_both(

@@ -4,6 +4,7 @@ Torch. No database, broker or registry takes part: thousands of adapters that no
 not worth registering.
 """
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,13 +28,16 @@ from lookalike_trainers.evaluation.protocol import Contender
 from lookalike_trainers.launcher import Launch, launch
 from lookalike_trainers.methods.find import wear_of
 from lookalike_trainers.painting import STYLE, Style, paint
+from lookalike_trainers.rare_tokens import rare_words
 
 OnMessage = Callable[[dict[str, Any]], object]
 """Called with what a training says (docs/architecture.md, run folder)."""
 
 
-def contender(name: str, method: str, options: dict[str, JsonValue]) -> Contender:
+def contender(name: str, method: str, options: dict[str, JsonValue], base: Base) -> Contender:
     """A row of the table, with every option of its method filled in.
+
+    Without a trigger it is the rarest word of the base's vocabulary, as in a training job.
 
     Raises InvalidRequest for a method that does not exist, and for wrong options, with their paths.
     """
@@ -41,17 +45,21 @@ def contender(name: str, method: str, options: dict[str, JsonValue]) -> Contende
     if info is None:
         known = ", ".join(m.name for m in METHODS)
         raise InvalidRequest(f"There is no method {method!r}; choose among {known}.")
+    given = dict(options)
+    if given.get("trigger") is None:
+        given["trigger"] = rare_words(base.folder)[0]
     try:
-        config = info.config.model_validate(options)
+        config = info.config.model_validate(given)
     except ValidationError as error:
         problems = [
             FieldProblem(".".join([name, *map(str, problem["loc"])]), problem["msg"])
             for problem in error.errors()
         ]
         raise InvalidRequest(f"{name} cannot be trained as asked.", problems) from error
-    return Contender(
-        name, method, config.model_dump(mode="json"), f"{config.trigger} {{class_noun}}"
-    )
+    if getattr(config, "also", ()) or (config.prior and config.prior.subject_set):
+        raise InvalidRequest(f"{name} names subject sets; here subjects are folders, one a run.")
+    calls = config.phrase.replace("{trigger}", config.trigger)
+    return Contender(name, method, config.model_dump(mode="json"), calls)
 
 
 @dataclass(frozen=True)
@@ -92,8 +100,8 @@ class Workshop:
                 self._listen(running)
             finally:
                 running.kill(grace=5)
-        [adapter] = result.glob("*.safetensors")
-        return adapter
+        name: str = json.loads((result / "result.json").read_text())["weights"]
+        return result / name
 
     def paint(
         self,
