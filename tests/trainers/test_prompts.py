@@ -1,7 +1,17 @@
 import pytest
 
-from lookalike_trainers.config import LoraConfig, PriorConfig, TextualInversionConfig
-from lookalike_trainers.prompts import class_caption, class_prompt, instance_captions
+from lookalike_trainers.config import (
+    LoraConfig,
+    PriorConfig,
+    TextualInversionConfig,
+    TrainingConfig,
+)
+from lookalike_trainers.prompts import (
+    class_caption,
+    class_prompt,
+    instance_captions,
+    validation_prompt,
+)
 from lookalike_trainers.templates import OBJECT, STYLE
 
 
@@ -74,3 +84,28 @@ def test_a_style_is_called_by_what_is_in_it() -> None:
     phrase = TextualInversionConfig(templates="style").phrase
     assert phrase.format(trigger="zwx", class_noun="house") == "house in the style of zwx"
     assert LoraConfig().phrase.format(trigger="zwx", class_noun="dog") == "zwx dog"
+
+
+def test_a_style_leaves_the_class_without_it() -> None:
+    config = TextualInversionConfig(templates="style", trigger="sks")
+    assert class_caption("a cat in the style of sks, at night", config, "cat") == "a cat, at night"
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (LoraConfig(), None),
+        (LoraConfig(validation={}), "a sks cat"),
+        (TextualInversionConfig(validation={}, trigger="sks"), "a sks"),
+        (LoraConfig(validation={"prompt": "{trigger} the {class_noun}"}), "sks the cat"),
+    ],
+)
+def test_validation_shows_the_subject_as_the_method_calls_it(
+    config: TrainingConfig, expected: str | None
+) -> None:
+    assert validation_prompt(config, "cat") == expected
+
+
+def test_a_validation_prompt_has_no_other_placeholders() -> None:
+    with pytest.raises(ValueError, match=r"\{trigger\}"):
+        LoraConfig(validation={"prompt": "a {dog}"})

@@ -67,14 +67,14 @@ class EarlyStoppingConfig(Strict):
 class ValidationConfig(Strict):
     """A picture of the subject as it is learned so far, every so many steps."""
 
-    prompt: str = Field(default="a {trigger} {class_noun}", max_length=500)
+    prompt: str | None = Field(default=None, max_length=500)  # None: "a" and the method's phrase
     every: int = Field(default=100, ge=1)
     seed: int = Field(default=0, ge=0, lt=2**32)
 
     @field_validator("prompt")
     @classmethod
-    def _known_placeholders(cls, prompt: str) -> str:
-        return check_placeholders(prompt)
+    def _known_placeholders(cls, prompt: str | None) -> str | None:
+        return prompt and check_placeholders(prompt)
 
 
 class TrainingConfig(Strict):

@@ -27,8 +27,13 @@ def instance_captions(caption: str | None, config: TrainingConfig, class_noun: s
 
 def class_caption(caption: str, config: TrainingConfig, class_noun: str) -> str:
     """A training prompt of the class alone: "a sks dog asleep" becomes "a dog asleep"."""
-    subject = rf"{re.escape(config.trigger)}(\s+{re.escape(class_noun)}(?!\w))?"
-    return re.sub(rf"(?<!\w){subject}(?!\w)", lambda _: class_noun, caption, flags=re.IGNORECASE)
+    named = f"{config.trigger} {class_noun}"
+    called = config.phrase.format(trigger=config.trigger, class_noun=class_noun)
+    for subject in (called, named, config.trigger):
+        words = r"\s+".join(re.escape(word) for word in subject.split())
+        pattern = rf"(?<!\w){words}(?!\w)"
+        caption = re.sub(pattern, lambda _: class_noun, caption, flags=re.IGNORECASE)
+    return caption
 
 
 def class_prompt(config: TrainingConfig, class_noun: str) -> str:
@@ -39,8 +44,10 @@ def class_prompt(config: TrainingConfig, class_noun: str) -> str:
 
 def validation_prompt(config: TrainingConfig, class_noun: str) -> str | None:
     """What is drawn while training goes on."""
-    given = config.validation and config.validation.prompt
-    return given.format(trigger=config.trigger, class_noun=class_noun) if given else None
+    if config.validation is None:
+        return None
+    prompt = config.validation.prompt or f"a {config.phrase}"
+    return prompt.format(trigger=config.trigger, class_noun=class_noun)
 
 
 def _mention(words: str) -> re.Pattern[str]:
