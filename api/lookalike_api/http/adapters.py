@@ -203,11 +203,12 @@ def export_version(
             f"{name}@{label} was trained on another base model than the {base.name} that is here."
         )
     weights = context.blobs.path(version.digest)
-    zipped = TemporaryFile()  # noqa: SIM115 - closed when it has been sent
-    with TemporaryDirectory() as folder, zipfile.ZipFile(zipped, "w") as archive:
+    with TemporaryDirectory() as folder:
         made = export_apart(weights, base.folder, form, base.family, FilePath(folder), rank)
-        for path in made.paths:
-            archive.write(path, path.relative_to(folder))
+        zipped = TemporaryFile()  # noqa: SIM115 - closed when it has been sent
+        with zipfile.ZipFile(zipped, "w") as archive:
+            for path in made.paths:
+                archive.write(path, path.relative_to(folder))
     return StreamingResponse(
         _pieces(zipped),
         media_type="application/zip",
