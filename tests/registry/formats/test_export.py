@@ -13,7 +13,7 @@ from lookalike_registry.formats.export import Exported, export
 from lookalike_registry.formats.kohya import spellings
 from lookalike_registry.formats.load import load, save
 from lookalike_registry.products import Product
-from lookalike_registry.tensor_file import check_tensors
+from lookalike_registry.tensor_file import check_tensors, modelspec, save_tensors
 from support_formats import diffusers_paints, pipeline, same, saved, we_paint
 
 PROMPT = "a sks dog"
@@ -271,3 +271,27 @@ def test_alphas_of_each_module_survive(base: Path, tmp_path: Path) -> None:
     save_file({f"{spelled}.{key}": tensor for key, tensor in tensors.items()}, file)
     found = load([file], base).products[name]
     torch.testing.assert_close(found.up @ found.down, 2 * product.up @ product.down)
+
+
+def test_each_word_of_several_subjects_is_a_file_of_its_own(base: Path, tmp_path: Path) -> None:
+    file = saved(base, tmp_path / "own", "custom_diffusion", token_vectors=2)
+    tensors = load_file(file)
+    rows = {key: tensor for key, tensor in tensors.items() if key.startswith("tokens.")}
+    more = {key: torch.cat([tensor, 2 * tensor]) for key, tensor in rows.items()}
+    spec = modelspec(
+        "custom_diffusion",
+        title="robot",
+        family=base.name,
+        resolution=64,
+        trigger="sks",
+        prediction_type="epsilon",
+    )
+    save_tensors(file, "custom_diffusion", tensors | more, {"subjects": 2}, spec)
+    _, first, second = exported(file, base, "diffusers", tmp_path / "out").files
+    assert [first.name, second.name] == ["<sks>.safetensors", "<sks-2>.safetensors"]
+    for part, key in (("text_encoder", "clip_l"), ("text_encoder_2", "clip_g")):
+        if (own := rows.get(f"tokens.{part}")) is None:
+            continue
+        for path, expected in ((first, own), (second, 2 * own)):
+            (found,) = (t for k, t in load_file(path).items() if k in (key, f"<{path.stem[1:-1]}>"))
+            assert torch.equal(found, expected)
