@@ -154,9 +154,9 @@ class Client:
     def events(self, job_id: str, *, after: int = 0) -> Iterator[Json]:
         """Follow a job's events to its end, reconnecting where the stream broke off.
 
-        Yields {"type": "state" | "message" | "metrics" | "image", "seq", "level", "payload", "created_at"}
-        once each and in order, and between them {"type": "progress", "payload": {"state", "step",
-        "total", …}} snapshots, which are not kept by the server.
+        Yields {"type": "state" | "message" | "metrics" | "image", "seq", "level", "payload",
+        "created_at"} once each and in order, and between them {"type": "progress", "payload":
+        {"state", "step", "total", …}} snapshots, which are not kept by the server.
         """
         last, lost_since = after, None
         while True:
