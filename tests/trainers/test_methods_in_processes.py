@@ -4,6 +4,7 @@ All runs of a number of processes share one launch (support_ranks.py).
 """
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,6 +16,16 @@ from support_ranks import Outcome, Scenario, launch
 pytestmark = pytest.mark.processes
 
 NAMES = [info.name for info in METHODS]
+OWN: dict[str, dict[str, Any]] = {
+    # Plain LoRA is in test_processes.py: this is DoRA and pivotal tuning at once.
+    "lora": {
+        "dora": True,
+        "targets": ["attention", "convolution"],
+        "train_text_encoder": True,
+        "token_vectors": 2,
+        "gradient_checkpointing": True,
+    },
+}
 STAGES = (0, 2, 3)
 STEPS, SAVED = 2, 1
 SHORT = {
@@ -27,9 +38,9 @@ SHORT = {
 
 
 def scenarios(*, batch_size: int, stages: tuple[int, ...]) -> list[Scenario]:
-    config = SHORT | {"batch_size": batch_size}
     made = []
     for name in NAMES:
+        config = SHORT | OWN.get(name, {}) | {"batch_size": batch_size}
         for stage in stages:
             run = f"{name} {stage}"
             made.append(Scenario(run, config, stage, method=name))
