@@ -135,6 +135,11 @@ class TrainingConfig(Strict):
         return self.train_text_encoder or self.token_vectors > 0
 
     @property
+    def rate(self) -> str:
+        """The option that says how fast most of it learns."""
+        return "learning_rate"
+
+    @property
     def phrase(self) -> str:
         """How prompts speak of the subject, of {trigger} and {class_noun}."""
         return "{trigger} {class_noun}"
@@ -297,6 +302,10 @@ class TextualInversionConfig(TrainingConfig):
     templates: Literal["object", "style"] | None = "object"  # captions; None: `prompt`
     keep_norm: bool = True  # rows stay as long as the vocabulary's are at the median
     train_text_encoder: Literal[False] = False
+
+    @property
+    def rate(self) -> str:
+        return "token_learning_rate"
 
     @property
     def phrase(self) -> str:

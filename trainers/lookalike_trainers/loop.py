@@ -94,7 +94,7 @@ def train(
             {
                 "step": step + 1,
                 "loss": loss,
-                "learning_rate": config.learning_rate * factor,
+                "learning_rate": getattr(config, config.rate) * factor,
                 "time": time.time(),
             }
         )
@@ -161,10 +161,11 @@ def optimizer_step(
 
 
 def _diverged(what: str, step: int, config: TrainingConfig, saved: int) -> Diverged:
-    cause = f"a learning rate of {config.learning_rate:g} is too high for this base"
+    rate = getattr(config, config.rate)
+    cause = f"a learning rate of {rate:g} is too high for this base"
     if config.mixed_precision == "bf16":
         cause += ", or bf16 too coarse"
-    remedy = f"try learning_rate {config.learning_rate / 10:g}"
+    remedy = f"try {config.rate} {rate / 10:g}"
     if config.mixed_precision == "bf16":
         remedy += ', or mixed_precision "no"'
     kept = f"The checkpoint of step {saved} is kept." if saved else "No checkpoint had been made."
