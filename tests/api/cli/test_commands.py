@@ -143,6 +143,20 @@ def test_an_adapters_versions_aliases_and_files_are_at_hand(
     assert len(lookalike("adapters", "show", "rex", "--json").json) == 1
 
 
+def test_an_adapter_goes_out_for_other_programs_and_theirs_come_in(
+    lookalike: Lookalike, api: Api, tmp_path: Path
+) -> None:
+    api.add_version("rex")
+    out = tmp_path / "out"
+    (made,) = lookalike("adapters", "export", "rex", out, "--format", "kohya", "--json").json[
+        "files"
+    ]
+    about = ("--name", "guest", "--class-noun", "dog", "--trigger", "zwx")
+    refused = lookalike("adapters", "import", made, *about)
+    assert refused.code == 1
+    assert "is no layer of the base model" in refused.err or "another one" in refused.err
+
+
 def test_deleting_an_adapter_without_its_version_is_refused(lookalike: Lookalike) -> None:
     ran = lookalike("adapters", "delete", "rex")
     assert ran.code == 1

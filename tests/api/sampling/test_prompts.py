@@ -2,6 +2,7 @@ import pytest
 
 from lookalike_api.sampling.prompts import Subject, bind
 from lookalike_platform.errors import InvalidRequest
+from lookalike_trainers.base_parts import spell
 
 REX = Subject("rex", "sks", "dog")
 TOM = Subject("tom", "zwx", "cat")
@@ -73,3 +74,11 @@ def test_a_bare_trigger_that_two_subjects_answer_to_is_refused(other: Subject) -
     with pytest.raises(InvalidRequest) as refused:
         bind("a sks", [ANN, other])
     assert f"<ann> or <{other.name}>" in refused.value.fields[0].message
+
+
+def test_the_words_of_an_adapters_further_subjects_become_private_too() -> None:
+    """Custom Diffusion of several subjects: sks, sks-2, …; each is then its own tokens."""
+    bound, _ = bind("a sks dog and a sks-2 cat", [Subject("rex", "sks", "dog", "adv_1")])
+    assert bound == "a adv_1 dog and a adv_1-2 cat"
+    learned = {"adv_1": ["<adv_1>"], "adv_1-2": ["<adv_1-2>"]}
+    assert spell(bound, learned) == "a <adv_1> dog and a <adv_1-2> cat"
