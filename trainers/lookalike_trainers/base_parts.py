@@ -125,13 +125,15 @@ class BaseParts:
 
     def _part(self, name: str, kind: Any) -> Any:
         if name not in self._loaded:
-            part = kind.from_pretrained(
-                self.folder / name,
-                dtype=torch.float32,
-                local_files_only=True,
-                use_safetensors=True,
-            )
-            self._loaded[name] = part.requires_grad_(False).eval().to(self.device)
+            # Loaded while something is painted, its weights could never be changed after it.
+            with torch.inference_mode(False):
+                part = kind.from_pretrained(
+                    self.folder / name,
+                    dtype=torch.float32,
+                    local_files_only=True,
+                    use_safetensors=True,
+                )
+                self._loaded[name] = part.requires_grad_(False).eval().to(self.device)
         return self._loaded[name]
 
 

@@ -166,6 +166,18 @@ def test_its_file_on_the_base_paints_what_the_trained_module_does(
     assert torch.equal(says(worn), before)
 
 
+def test_it_is_worn_on_a_base_that_has_painted_already(base: Path, tmp_path: Path) -> None:
+    """Its parts were loaded in inference mode, in which tensors may not be changed later."""
+    file = trained(base).save(tmp_path, CARD)
+    parts = BaseParts(base, CPU)
+    style = Style("ddim", 2)
+    before = paint(parts, ["a dog"], (3,), RESOLUTION, style)[0][0].tobytes()
+    take_off = wear(parts, file, 1.0, "sks")
+    assert paint(parts, ["a dog"], (3,), RESOLUTION, style)[0][0].tobytes() != before
+    take_off()
+    assert paint(parts, ["a dog"], (3,), RESOLUTION, style)[0][0].tobytes() == before
+
+
 def test_the_file_holds_a_float32_for_every_weight(base: Path, tmp_path: Path) -> None:
     file = trained(base).save(tmp_path, CARD)
     weights = sum(p.numel() for p in BaseParts(base, CPU).unet.parameters())
