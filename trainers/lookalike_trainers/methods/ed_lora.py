@@ -28,11 +28,11 @@ from lookalike_registry.products import from_peft, loaded_products, saved_produc
 from lookalike_registry.safetensors_header import read_header
 from lookalike_registry.tensor_file import ADAPTER_NAME, adapter_info, save_tensors
 from lookalike_trainers.base_parts import token_names
-from lookalike_trainers.config import TEXT_ATTENTION, UNET_ATTENTION, EdLoraConfig, TrainingConfig
+from lookalike_trainers.config import UNET_ATTENTION, EdLoraConfig, TrainingConfig
 from lookalike_trainers.data import Batch
 from lookalike_trainers.denoiser import Denoiser, checkpoint_gradients
 from lookalike_trainers.methods.deltas import part_name
-from lookalike_trainers.methods.lora import insert, state
+from lookalike_trainers.methods.lora import insert, state, text_targets
 from lookalike_trainers.methods.method import Card, TakeOff, Wearer
 from lookalike_trainers.methods.products import wear_products
 from lookalike_trainers.methods.tokens import (
@@ -57,13 +57,10 @@ class EdLora:
         unet, text_encoders = parts.take("unet"), parts.take("text_encoders")
         names = [part_name(place) for place in range(len(text_encoders))]
         self.adapted = {"unet": unet, **dict(zip(names, text_encoders, strict=True))}
+        targets = [UNET_ATTENTION, *text_targets(text_encoders)]
         self.shapes = {
-            part: LoraShape(
-                rank=config.rank,
-                alpha=float(config.rank),
-                targets=UNET_ATTENTION if part == "unet" else TEXT_ATTENTION,
-            )
-            for part in self.adapted
+            part: LoraShape(rank=config.rank, alpha=float(config.rank), targets=own)
+            for part, own in zip(self.adapted, targets, strict=True)
         }
         for part, model in self.adapted.items():
             insert(model, self.shapes[part])

@@ -12,6 +12,7 @@ rows for the trigger (`token_vectors`) it is pivotal tuning (Roich et al. 2022; 
 github.com/cloneofsimo/lora), trained together.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,9 +48,10 @@ class Lora:
         self.adapted = {"unet": unet}
         self.shapes = {"unet": shape(config, unet, config.target_modules)}
         if config.train_text_encoder:
-            names = [part_name(place) for place in range(len(text_encoders))]
-            self.adapted |= dict(zip(names, text_encoders, strict=True))
-            self.shapes |= dict.fromkeys(names, shape(config, text_encoders[0], TEXT_ATTENTION))
+            for place, targets in enumerate(text_targets(text_encoders)):
+                encoder = text_encoders[place]
+                self.adapted[part_name(place)] = encoder
+                self.shapes[part_name(place)] = shape(config, encoder, targets)
         for part, model in self.adapted.items():
             insert(model, self.shapes[part])
         self.rows: list[TokenRows] = []
@@ -133,6 +135,22 @@ def shape(config: LoraConfig, model: nn.Module, targets: tuple[str, ...]) -> Lor
         rslora=config.rslora,
         dora=config.dora,
     )
+
+
+def text_targets(text_encoders: Sequence[Any]) -> list[tuple[str, ...]]:
+    """The targets in each encoder: its attention, but for SDXL's first's last layer.
+
+    What that layer says, nobody reads (conditioning.py): it could not learn.
+    """
+    targets = [TEXT_ATTENTION for _ in text_encoders]
+    if len(text_encoders) > 1:
+        layers = range(
+            len(getattr(text_encoders[0], "text_model", text_encoders[0]).encoder.layers)
+        )
+        targets[0] = tuple(
+            f"layers.{layer}.self_attn.{name}" for layer in layers[:-1] for name in TEXT_ATTENTION
+        )
+    return targets
 
 
 def targeted(model: nn.Module, targets: tuple[str, ...]) -> list[str]:
