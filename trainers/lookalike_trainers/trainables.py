@@ -8,9 +8,11 @@ from lookalike_platform.errors import CapabilityMissing, FieldProblem, InvalidRe
 from lookalike_trainers.config import (
     TARGET_GROUPS,
     TEXT_ATTENTION,
+    UNET_ATTENTION,
     CustomDiffusionConfig,
     DiffFitConfig,
     DreamBoothConfig,
+    EdLoraConfig,
     LoraConfig,
     PerfusionConfig,
     SvdiffConfig,
@@ -39,6 +41,8 @@ def count(shapes: Shapes, config: TrainingConfig) -> Count:
     tokens = config.token_vectors * sum(
         shape[1] for name, shape in shapes.items() if name.endswith("token_embedding.weight")
     )
+    if isinstance(config, EdLoraConfig):  # a row for each cross-attention layer
+        tokens *= sum(name.endswith("attn2.to_k.weight") for name in shapes)
     own = _own(shapes, config)
     return Count(own.trained + tokens, own.kept + tokens)
 
@@ -53,6 +57,9 @@ def _own(shapes: Shapes, config: TrainingConfig) -> Count:
             pairs = sum(config.rank * (out + width) for out, width in layers.values())
             # The file has the products' start too, each half of twice the rank.
             return Count(pairs + config.rank * len(layers), 2 * pairs)
+        case EdLoraConfig():
+            layers = _targeted(shapes, UNET_ATTENTION, TEXT_ATTENTION)
+            return _alike(sum(config.rank * (out + width) for out, width in layers.values()))
         case DreamBoothConfig():
             thawed = _thawed(shapes, config)
             return _alike(sum(math.prod(shape) for shape in thawed.values()))
@@ -97,26 +104,30 @@ def _lora(shapes: Shapes, config: LoraConfig) -> int:
 def _targeted(
     shapes: Shapes, of_unet: tuple[str, ...], of_texts: tuple[str, ...]
 ) -> dict[str, tuple[int, int]]:
-    """(out, in * kernel) of the layers whose names end so, by `<part>.<module>`."""
+    """(out, in * kernel) of the layers that end so and are read, by `<part>.<module>`."""
+    unread = _unread(shapes)
     return {
         name.removesuffix(".weight"): (shape[0], math.prod(shape[1:]))
         for name, shape in shapes.items()
         if len(shape) in (2, 4)
+        and not name.startswith(unread)
         and ends_in(name.removesuffix(".weight"), of_unet if name.startswith("unet.") else of_texts)
     }
 
 
-def _thawed(shapes: Shapes, config: TrainingConfig) -> dict[str, tuple[int, ...]]:
-    """The UNet's parameters, and those of text encoders where they train.
+def _unread(shapes: Shapes) -> tuple[str, ...]:
+    """What SDXL's first encoder says in its last layer, nobody reads (methods/dreambooth.py)."""
+    if not any(name.startswith("text_encoder_2.") for name in shapes):
+        return ()
+    layers = {name.split(".")[3] for name in shapes if name.startswith("text_encoder.encoder.")}
+    last = max(map(int, layers))
+    return (f"text_encoder.encoder.layers.{last}.", "text_encoder.final_layer_norm.")
 
-    Of SDXL's first encoder nobody reads the last layer (methods/dreambooth.py).
-    """
+
+def _thawed(shapes: Shapes, config: TrainingConfig) -> dict[str, tuple[int, ...]]:
+    """The UNet's parameters, and those of text encoders where they train."""
     texts = ("text_encoder", "text_encoder_2") if config.train_text_encoder else ()
-    unread: tuple[str, ...] = ()
-    if any(name.startswith("text_encoder_2.") for name in shapes):
-        layers = {name.split(".")[3] for name in shapes if name.startswith("text_encoder.encoder.")}
-        last = max(map(int, layers))
-        unread = (f"text_encoder.encoder.layers.{last}.", "text_encoder.final_layer_norm.")
+    unread = _unread(shapes)
     return {
         name: shape
         for name, shape in shapes.items()
