@@ -7,8 +7,8 @@ x: photos; x': class images, drawn by the frozen base or given by the user. Both
 and one forward (data.py, objective.py). Optionally the text encoders train too.
 
 What is kept is trained - base for every weight, in float32: added to the base it gives the trained
-weights again, to a rounding of the last bit. SD 1.5's 860 million take 3.4 GB; half that in
-float16 would still draw the same subject, but not the same image.
+weights again, to a rounding of the last bit. SD 1.5's 860 million take 3.4 GB; float16 would take
+half and round more.
 """
 
 from pathlib import Path
