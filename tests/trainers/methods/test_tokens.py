@@ -8,7 +8,13 @@ from torch import nn
 
 from lookalike_platform.errors import InvalidRequest
 from lookalike_trainers.base_parts import BaseParts
-from lookalike_trainers.methods.tokens import TokenRows, median_norm, wear_words
+from lookalike_trainers.methods.tokens import (
+    TokenRows,
+    embeddings,
+    learn_rows,
+    median_norm,
+    wear_words,
+)
 from support_models import RESOLUTION, WIDTH, save_base
 
 CPU = torch.device("cpu")
@@ -59,6 +65,23 @@ def test_the_median_norm_is_the_vocabulary_s(base: Path) -> None:
     table = encoder.state_dict()
     weight = next(t for name, t in table.items() if name.endswith("token_embedding.weight"))
     assert median_norm(encoder) == pytest.approx(sorted(weight.norm(dim=1))[(len(weight) - 1) // 2])
+
+
+@pytest.mark.parametrize(("longer", "held"), [(3.0, 3.0), (0.1, 1.0)])
+def test_rows_are_held_at_the_initialiser_s_norm_where_it_is_above_the_median(
+    base: Path, longer: float, held: float
+) -> None:
+    parts = BaseParts(base, CPU)
+    parts.learn("sks", 2)
+    (encoder,) = parts.text_encoders
+    (number,) = parts.tokenizers[0]("q", add_special_tokens=False).input_ids
+    table = embeddings(encoder).token_embedding.weight
+    median = median_norm(encoder)
+    with torch.no_grad():
+        table[number] *= longer * median / table[number].norm()
+    (layer,) = learn_rows(parts, [encoder], "sks", "q", keep_norm=True)
+    expected = torch.full((2,), held * median)
+    torch.testing.assert_close(layer.vectors().norm(dim=1), expected, rtol=1e-2, atol=0)
 
 
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])

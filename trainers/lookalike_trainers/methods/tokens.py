@@ -101,18 +101,17 @@ def learn_rows(
 ) -> list[TokenRows]:
     """Rows for a word that `parts.learn` made tokens of, one `TokenRows` an encoder.
 
-    keep_norm: hold them at the median norm of the encoder's vocabulary.
+    keep_norm: hold them at the median norm of the encoder's vocabulary, or at the initialiser's
+        where that is longer: most rows of a small base's vocabulary are short, never trained.
     """
     names = parts.learned[word]
-    return [
-        add_rows(
-            encoder,
-            word_rows(encoder, tokenizer, initializer, len(names)),
-            tokenizer.convert_tokens_to_ids(names[0]),
-            median_norm(encoder) if keep_norm else None,
-        )
-        for encoder, tokenizer in zip(encoders, parts.tokenizers, strict=True)
-    ]
+    layers = []
+    for encoder, tokenizer in zip(encoders, parts.tokenizers, strict=True):
+        start = word_rows(encoder, tokenizer, initializer, len(names))
+        norm = max(median_norm(encoder), float(start[0].norm())) if keep_norm else None
+        first = tokenizer.convert_tokens_to_ids(names[0])
+        layers.append(add_rows(encoder, start, first, norm))
+    return layers
 
 
 def saved_rows(layers: Sequence[TokenRows]) -> dict[str, torch.Tensor]:
