@@ -73,7 +73,7 @@ def test_names_of_the_base_survive_layers_put_around_its_weights() -> None:
 
 def test_a_delta_of_another_base_changes_nothing() -> None:
     worn, base = model(), model()
-    with pytest.raises(KeyError, match="unet.7.weight"):
+    with pytest.raises(KeyError, match=r"unet\.7\.weight"):
         wear_deltas(wearer(worn), delta(1) | {"delta.unet.7.weight": torch.zeros(3)}, 1.0)
     assert torch.equal(worn[0].weight, base[0].weight)
 
