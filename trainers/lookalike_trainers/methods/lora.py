@@ -142,7 +142,7 @@ def text_targets(text_encoders: Sequence[Any]) -> list[tuple[str, ...]]:
 
     What that layer says, nobody reads (conditioning.py): it could not learn.
     """
-    targets = [TEXT_ATTENTION for _ in text_encoders]
+    targets: list[tuple[str, ...]] = [TEXT_ATTENTION for _ in text_encoders]
     if len(text_encoders) > 1:
         layers = range(
             len(getattr(text_encoders[0], "text_model", text_encoders[0]).encoder.layers)
