@@ -93,7 +93,8 @@ def ours(given: argparse.Namespace) -> None:
     import torch
 
     from lookalike_platform.files import sha256_file
-    from lookalike_trainers.config import LoraConfig, RunImage, RunRequest
+    from lookalike_trainers.method_configs import LoraConfig
+    from lookalike_trainers.run_request import RunImage, RunRequest
 
     config = LoraConfig(
         resolution=given.resolution,

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import steps
 
-from lookalike_trainers.config import METHODS
+from lookalike_trainers.catalog import METHODS
 
 NAMES = [info.name for info in METHODS]
 

@@ -22,14 +22,15 @@ from lookalike_platform import bases
 from lookalike_platform.files import sha256_file
 from lookalike_platform.settings import Settings
 from lookalike_trainers.base_parts import BaseParts
-from lookalike_trainers.config import LoraConfig, RunImage, RunRequest
 from lookalike_trainers.evaluation.dreambench import Subject, read_subjects
 from lookalike_trainers.evaluation.encoders import open_judges
 from lookalike_trainers.evaluation.protocol import Contender, Protocol, run
 from lookalike_trainers.evaluation.table import markdown
 from lookalike_trainers.launcher import launch
+from lookalike_trainers.method_configs import LoraConfig
 from lookalike_trainers.methods.find import wear_of
 from lookalike_trainers.painting import paint
+from lookalike_trainers.run_request import RunImage, RunRequest
 
 KINDS = {
     "none": {},

@@ -21,12 +21,14 @@ from lookalike_platform import bases
 from lookalike_platform.files import sha256_file
 from lookalike_platform.settings import Settings
 from lookalike_trainers.base_parts import BaseParts
-from lookalike_trainers.config import METHODS, RunImage, RunRequest, TrainingConfig
+from lookalike_trainers.catalog import METHODS
+from lookalike_trainers.config import TrainingConfig
 from lookalike_trainers.data import TrainingData
 from lookalike_trainers.engine import make_engine
 from lookalike_trainers.loop import optimizer_step
 from lookalike_trainers.methods.find import builder_of
 from lookalike_trainers.prepare import prepare
+from lookalike_trainers.run_request import RunImage, RunRequest
 
 DEMO = Path(__file__).parents[1] / "api/lookalike_api/demo/bibo"
 CLASS_NOUN = "robot"

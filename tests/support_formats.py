@@ -10,7 +10,7 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLP
 from lookalike_platform.diffusion import decode, denoise, noise
 from lookalike_platform.samplers import make_sampler
 from lookalike_trainers.base_parts import BaseParts
-from lookalike_trainers.config import METHODS
+from lookalike_trainers.catalog import METHODS
 from lookalike_trainers.methods.find import builder_of, wear_of
 from lookalike_trainers.methods.method import Card
 from support_models import RESOLUTION, VAE_SCALE

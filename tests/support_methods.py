@@ -10,7 +10,7 @@ from lookalike_platform.diffusion import decode, denoise, noise
 from lookalike_platform.samplers import make_sampler
 from lookalike_registry.tensor_file import check_tensors
 from lookalike_trainers.base_parts import BaseParts
-from lookalike_trainers.config import METHODS
+from lookalike_trainers.catalog import METHODS
 from lookalike_trainers.data import Batch
 from lookalike_trainers.methods.find import builder_of, wear_of
 from lookalike_trainers.methods.method import Card

@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from lookalike_platform.files import sha256_file
-from lookalike_trainers.config import METHODS, RunImage, RunRequest, TrainingConfig
+from lookalike_trainers.catalog import METHODS
+from lookalike_trainers.config import TrainingConfig
+from lookalike_trainers.run_request import RunImage, RunRequest
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,9 @@
 
 import pytest
 
-from lookalike_trainers.config import LoraConfig, TextualInversionConfig, TrainingConfig
+from lookalike_trainers.config import TrainingConfig
 from lookalike_trainers.loop import _diverged
+from lookalike_trainers.method_configs import LoraConfig, TextualInversionConfig
 
 
 @pytest.mark.parametrize(

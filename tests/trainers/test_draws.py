@@ -9,9 +9,10 @@ import torch
 
 from lookalike_datasets.features.latents import Moments
 from lookalike_platform.conditioning import Text
-from lookalike_trainers.config import LoraConfig, PriorConfig
+from lookalike_trainers.config import PriorConfig
 from lookalike_trainers.data import Batch, Bucket, TrainingData, View
 from lookalike_trainers.draws import Draw, bucket_turn, draw
+from lookalike_trainers.method_configs import LoraConfig
 from lookalike_trainers.objective import NoiseSchedule
 
 PHOTOS, CLASS_IMAGES = 3, 5

@@ -11,8 +11,8 @@ from lookalike_platform import bases
 from lookalike_platform.settings import Settings
 from lookalike_registry.safetensors_header import read_header
 from lookalike_trainers.base_parts import BaseParts
-from lookalike_trainers.config import LoraConfig
 from lookalike_trainers.data import TrainingData
+from lookalike_trainers.method_configs import LoraConfig
 from lookalike_trainers.methods.lora import build
 from lookalike_trainers.methods.method import Card
 from lookalike_trainers.painting import paint

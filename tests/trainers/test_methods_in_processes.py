@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from lookalike_trainers.config import METHODS
+from lookalike_trainers.catalog import METHODS
 from support_images import photo
 from support_models import save_base
 from support_ranks import Outcome, Scenario, launch

@@ -9,8 +9,8 @@ from pydantic import ValidationError
 
 from lookalike_platform.conditioning import predict
 from lookalike_trainers.base_parts import BaseParts
-from lookalike_trainers.config import LoraConfig
 from lookalike_trainers.data import TrainingData
+from lookalike_trainers.method_configs import LoraConfig
 from lookalike_trainers.methods.lora import Lora, build
 from lookalike_trainers.prepare import prepare
 from support_images import photo

@@ -1,11 +1,7 @@
 import pytest
 
-from lookalike_trainers.config import (
-    LoraConfig,
-    PriorConfig,
-    TextualInversionConfig,
-    TrainingConfig,
-)
+from lookalike_trainers.config import PriorConfig, TrainingConfig
+from lookalike_trainers.method_configs import LoraConfig, TextualInversionConfig
 from lookalike_trainers.prompts import (
     class_caption,
     class_prompt,

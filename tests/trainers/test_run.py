@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from lookalike_platform.files import sha256_file
 from lookalike_registry.adapter_file import WEIGHTS_NAME, check_against_base
 from lookalike_trainers.base_parts import BaseParts
-from lookalike_trainers.config import LoraConfig
 from lookalike_trainers.launcher import launch
+from lookalike_trainers.method_configs import LoraConfig
 from lookalike_trainers.methods.lora import wear
 from lookalike_trainers.painting import paint
 from support_images import photo

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from lookalike_platform.errors import CapabilityMissing
 from lookalike_registry.adapter_file import WEIGHTS_NAME
 from lookalike_trainers import engine
-from lookalike_trainers.config import LoraConfig
+from lookalike_trainers.method_configs import LoraConfig
 from support_images import photo
 from support_models import save_base
 from support_ranks import Outcome, Scenario, launch

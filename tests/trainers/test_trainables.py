@@ -9,8 +9,9 @@ import torch
 from lookalike_platform.errors import InvalidRequest
 from lookalike_registry.tensor_file import parameter_shapes
 from lookalike_trainers.base_parts import BaseParts
-from lookalike_trainers.config import METHODS, LoraConfig
+from lookalike_trainers.catalog import METHODS
 from lookalike_trainers.denoiser import trainable
+from lookalike_trainers.method_configs import LoraConfig
 from lookalike_trainers.methods.find import builder_of
 from lookalike_trainers.methods.method import Card
 from lookalike_trainers.trainables import count

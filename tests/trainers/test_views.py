@@ -10,8 +10,9 @@ from lookalike_datasets.features.views import Cut
 from lookalike_platform.errors import CapabilityMissing
 from lookalike_platform.files import canonical_digest
 from lookalike_trainers.base_parts import BaseParts
-from lookalike_trainers.config import LoraConfig, PriorConfig
+from lookalike_trainers.config import PriorConfig
 from lookalike_trainers.data import TrainingData
+from lookalike_trainers.method_configs import LoraConfig
 from lookalike_trainers.prepare import prepare
 from lookalike_trainers.views import class_views, views_by_shape
 from support_images import encoded, picture

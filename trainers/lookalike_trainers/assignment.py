@@ -24,15 +24,11 @@ from lookalike_registry.manifest import (
     version_id,
     weights_record,
 )
-from lookalike_trainers.config import (
-    METHODS,
-    CustomDiffusionConfig,
-    MoreSubject,
-    RunImage,
-    RunRequest,
-    TrainingConfig,
-)
+from lookalike_trainers.catalog import METHODS
+from lookalike_trainers.config import TrainingConfig
+from lookalike_trainers.method_configs import CustomDiffusionConfig
 from lookalike_trainers.rare_tokens import rare_words
+from lookalike_trainers.run_request import MoreSubject, RunImage, RunRequest
 
 
 @dataclass(frozen=True)

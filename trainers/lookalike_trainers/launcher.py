@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lookalike_platform.process import spawn_group, stop_group
-from lookalike_trainers.config import RunRequest
+from lookalike_trainers.run_request import RunRequest
 
 log = logging.getLogger(__name__)
 

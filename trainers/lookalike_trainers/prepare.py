@@ -18,11 +18,12 @@ from lookalike_platform.conditioning import Text
 from lookalike_platform.errors import CapabilityMissing
 from lookalike_platform.files import canonical_digest
 from lookalike_trainers.base_parts import BaseParts
-from lookalike_trainers.config import RunImage, RunRequest, TrainingConfig
+from lookalike_trainers.config import TrainingConfig
 from lookalike_trainers.data import Bucket, Reference, TrainingData, View
 from lookalike_trainers.denoiser import Denoiser
 from lookalike_trainers.objective import NoiseSchedule
 from lookalike_trainers.prompts import class_caption, class_prompt, validation_prompt
+from lookalike_trainers.run_request import RunImage, RunRequest
 from lookalike_trainers.subjects import subjects_of
 from lookalike_trainers.views import Shown, class_views, views_by_shape
 

@@ -2,7 +2,8 @@
 
 import re
 
-from lookalike_trainers.config import TextualInversionConfig, TrainingConfig
+from lookalike_trainers.config import TrainingConfig
+from lookalike_trainers.method_configs import TextualInversionConfig
 from lookalike_trainers.templates import TEMPLATES
 
 

@@ -18,7 +18,9 @@ from typing import Any
 from lookalike_platform.errors import LookalikeError
 from lookalike_platform.files import atomic_write, sha256_file
 from lookalike_platform.process import die_with_parent
-from lookalike_trainers.config import METHODS, RunRequest, TrainingConfig
+from lookalike_trainers.catalog import METHODS
+from lookalike_trainers.config import TrainingConfig
+from lookalike_trainers.run_request import RunRequest
 from lookalike_trainers.voice import Say, leave, speaker
 
 LIBRARIES = ("torch", "diffusers", "transformers", "peft", "accelerate", "deepspeed")

@@ -3,7 +3,8 @@
 from typing import NamedTuple
 
 from lookalike_registry.tensor_file import nth_word
-from lookalike_trainers.config import RunImage, RunRequest, TrainingConfig
+from lookalike_trainers.config import TrainingConfig
+from lookalike_trainers.run_request import RunImage, RunRequest
 
 
 class Subject(NamedTuple):

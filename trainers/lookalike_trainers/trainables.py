@@ -5,7 +5,8 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from lookalike_platform.errors import CapabilityMissing, FieldProblem, InvalidRequest
-from lookalike_trainers.config import (
+from lookalike_trainers.config import TrainingConfig
+from lookalike_trainers.method_configs import (
     TARGET_GROUPS,
     TEXT_ATTENTION,
     UNET_ATTENTION,
@@ -18,7 +19,6 @@ from lookalike_trainers.config import (
     SvdiffConfig,
     TextualInversionConfig,
     TLoraConfig,
-    TrainingConfig,
     ends_in,
 )
 

@@ -12,8 +12,9 @@ from typing import NamedTuple
 from PIL import Image
 
 from lookalike_datasets.features.views import Cut, Photo
-from lookalike_trainers.config import RunImage, RunRequest, TrainingConfig
+from lookalike_trainers.config import TrainingConfig
 from lookalike_trainers.prompts import class_prompt, instance_captions
+from lookalike_trainers.run_request import RunImage, RunRequest
 from lookalike_trainers.subjects import subjects_of
 
 Shape = tuple[int, int]

@@ -77,7 +77,7 @@ def _rows(
     methods: list[str] | None, config: Path | None, options: dict[str, Any], base: "Base"
 ) -> list["Contender"]:
     """What is compared: the tables of the file, else each method as it comes."""
-    from lookalike_trainers.config import METHODS
+    from lookalike_trainers.catalog import METHODS
     from lookalike_trainers.evaluation.bench import contender
 
     if config is None:

@@ -8,7 +8,7 @@ from lookalike_api.http.shapes import Json
 from lookalike_api.sampling.admission import side_multiple
 from lookalike_platform import bases
 from lookalike_platform.samplers import SAMPLERS
-from lookalike_trainers.config import METHODS
+from lookalike_trainers.catalog import METHODS
 
 router = APIRouter(prefix="/v1", tags=["catalog"])
 

@@ -6,7 +6,7 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
 from lookalike_api.http.problems import Problem
-from lookalike_trainers.config import METHODS
+from lookalike_trainers.catalog import METHODS
 
 REFS = "#/components/schemas/{model}"
 

@@ -16,8 +16,10 @@ from lookalike_platform.errors import FieldProblem, InvalidRequest, NotFound
 from lookalike_platform.jobs.store import NewJob
 from lookalike_platform.settings import Settings
 from lookalike_registry.manifest import NAME_PATTERN
-from lookalike_trainers.config import METHODS, CustomDiffusionConfig, MethodInfo, TrainingConfig
+from lookalike_trainers.catalog import METHODS, MethodInfo
+from lookalike_trainers.config import TrainingConfig
 from lookalike_trainers.cost import Cost, preview
+from lookalike_trainers.method_configs import CustomDiffusionConfig
 from lookalike_trainers.rare_tokens import rare_words
 
 

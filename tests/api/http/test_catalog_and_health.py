@@ -7,7 +7,8 @@ from lookalike_platform.db.engine import schema_revision
 from lookalike_platform.jobs import lease as leases
 from lookalike_platform.samplers import SAMPLERS
 from lookalike_platform.settings import Settings
-from lookalike_trainers.config import METHODS, LoraConfig
+from lookalike_trainers.catalog import METHODS
+from lookalike_trainers.method_configs import LoraConfig
 from support_api import Api, problem_of, serving
 from support_databases import skip_or_fail
 

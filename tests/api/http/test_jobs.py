@@ -8,7 +8,8 @@ from lookalike_platform.db.tables import Job
 from lookalike_platform.jobs import lease as leases
 from lookalike_platform.jobs.store import get
 from lookalike_trainers.assignment import assignment, run_request
-from lookalike_trainers.config import LoraConfig, PriorConfig
+from lookalike_trainers.config import PriorConfig
+from lookalike_trainers.method_configs import LoraConfig
 from lookalike_trainers.rare_tokens import rare_words
 from support_api import Api, paths_of, problem_of
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from lookalike_trainers.config import METHODS
+from lookalike_trainers.catalog import METHODS
 from support_api import Api, problem_of
 
 

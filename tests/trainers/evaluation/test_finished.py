@@ -9,12 +9,12 @@ from PIL import Image
 from lookalike_registry.adapter_file import WEIGHTS_NAME
 from lookalike_registry.manifest import Evaluation
 from lookalike_trainers.base_parts import BaseParts
-from lookalike_trainers.config import LoraConfig
 from lookalike_trainers.evaluation.base_features import BaseFeatures
 from lookalike_trainers.evaluation.finished import try_out
 from lookalike_trainers.evaluation.measures import cosines, diversity
 from lookalike_trainers.evaluation.scores import record
 from lookalike_trainers.evaluation.trial import read_photos
+from lookalike_trainers.method_configs import LoraConfig
 from support_images import photo
 from support_models import save_base
 from support_ranks import run_request

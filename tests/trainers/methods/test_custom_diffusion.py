@@ -13,11 +13,12 @@ from transformers import CLIPTextModel
 from lookalike_platform.conditioning import Text
 from lookalike_registry.tensor_file import check_tensors
 from lookalike_trainers.base_parts import BaseParts
-from lookalike_trainers.config import CustomDiffusionConfig, MoreSubject
 from lookalike_trainers.data import Batch
+from lookalike_trainers.method_configs import CustomDiffusionConfig
 from lookalike_trainers.methods.custom_diffusion import CustomDiffusion, build, wear
 from lookalike_trainers.methods.method import Card
 from lookalike_trainers.prepare import prepare
+from lookalike_trainers.run_request import MoreSubject
 from lookalike_trainers.subjects import subjects_of
 from support_images import photo
 from support_models import RESOLUTION, VAE_SCALE, WIDTH, save_base

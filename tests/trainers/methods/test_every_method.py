@@ -1,4 +1,4 @@
-"""What holds for every method in config.METHODS, on a base of every family."""
+"""What holds for every method in catalog.METHODS, on a base of every family."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,11 +14,13 @@ from lookalike_platform.conditioning import predict
 from lookalike_platform.files import sha256_file
 from lookalike_registry.safetensors_header import read_header
 from lookalike_trainers.base_parts import BaseParts
-from lookalike_trainers.config import METHODS, RunImage, RunRequest, TrainingConfig
+from lookalike_trainers.catalog import METHODS
+from lookalike_trainers.config import TrainingConfig
 from lookalike_trainers.data import TrainingData
 from lookalike_trainers.methods.find import builder_of, wear_of
 from lookalike_trainers.methods.method import Card, Method
 from lookalike_trainers.prepare import prepare
+from lookalike_trainers.run_request import RunImage, RunRequest
 from support_images import photo
 from support_models import RESOLUTION, save_base
 

@@ -12,7 +12,7 @@ from torch.func import functional_call
 from lookalike_platform.conditioning import predict
 from lookalike_platform.errors import InvalidRequest
 from lookalike_trainers.base_parts import BaseParts
-from lookalike_trainers.config import TLoraConfig
+from lookalike_trainers.method_configs import TLoraConfig
 from lookalike_trainers.methods.t_lora import RankMask, last_triplets, wear
 from support_methods import (
     CARD,

@@ -11,8 +11,8 @@ from transformers import CLIPTextModel
 from lookalike_platform.errors import InvalidRequest
 from lookalike_registry.tensor_file import check_tensors
 from lookalike_trainers.base_parts import BaseParts
-from lookalike_trainers.config import TextualInversionConfig
 from lookalike_trainers.data import Batch
+from lookalike_trainers.method_configs import TextualInversionConfig
 from lookalike_trainers.methods.method import Card
 from lookalike_trainers.methods.textual_inversion import TextualInversion, build, wear
 from lookalike_trainers.templates import OBJECT, STYLE

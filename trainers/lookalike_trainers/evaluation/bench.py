@@ -21,7 +21,8 @@ from lookalike_platform.files import atomic_write, canonical_digest, sha256_file
 from lookalike_platform.settings import Settings
 from lookalike_trainers.assignment import complete
 from lookalike_trainers.base_parts import BaseParts
-from lookalike_trainers.config import METHODS, RunImage, RunRequest, TrainingConfig
+from lookalike_trainers.catalog import METHODS
+from lookalike_trainers.config import TrainingConfig
 from lookalike_trainers.evaluation.dreambench import Subject
 from lookalike_trainers.evaluation.encoders import Judges, open_judges
 from lookalike_trainers.evaluation.protocol import Contender
@@ -29,6 +30,7 @@ from lookalike_trainers.launcher import Launch, launch
 from lookalike_trainers.methods.find import wear_of
 from lookalike_trainers.painting import STYLE, Style, paint
 from lookalike_trainers.rare_tokens import rare_words
+from lookalike_trainers.run_request import RunImage, RunRequest
 
 OnMessage = Callable[[dict[str, Any]], object]
 """Called with what a training says (docs/architecture.md, run folder)."""

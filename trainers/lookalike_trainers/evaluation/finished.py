@@ -12,12 +12,13 @@ import torch
 from PIL import Image, ImageDraw
 
 from lookalike_trainers.base_parts import BaseParts
-from lookalike_trainers.config import RunRequest, TrainingConfig
+from lookalike_trainers.config import TrainingConfig
 from lookalike_trainers.evaluation.encoders import open_judges
 from lookalike_trainers.evaluation.request import SCENES, EvaluationOptions
 from lookalike_trainers.evaluation.scores import figures, score
 from lookalike_trainers.evaluation.trial import read_photos, try_on
 from lookalike_trainers.painting import paint
+from lookalike_trainers.run_request import RunRequest
 
 OPTIONS = EvaluationOptions(prompts=list(SCENES), images_per_prompt=2, class_images=4, seed=11)
 _TEXT_HEIGHT = 14

@@ -17,9 +17,10 @@ from torch import nn
 
 from lookalike_registry.safetensors_header import read_header
 from lookalike_registry.tensor_file import ADAPTER_NAME, adapter_info, nth_word, save_tensors
-from lookalike_trainers.config import CustomDiffusionConfig, TrainingConfig
+from lookalike_trainers.config import TrainingConfig
 from lookalike_trainers.data import Batch
 from lookalike_trainers.denoiser import Denoiser, checkpoint_gradients
+from lookalike_trainers.method_configs import CustomDiffusionConfig
 from lookalike_trainers.methods.deltas import differences, wear_deltas
 from lookalike_trainers.methods.method import Card, TakeOff, Wearer
 from lookalike_trainers.methods.tokens import learn_rows, saved_rows, wear_words

@@ -18,9 +18,10 @@ from torch import nn
 from lookalike_platform.errors import FieldProblem, InvalidRequest
 from lookalike_registry.tensor_file import ADAPTER_NAME, save_tensors
 from lookalike_trainers.base_parts import BaseParts
-from lookalike_trainers.config import DiffFitConfig, TrainingConfig, ends_in
+from lookalike_trainers.config import TrainingConfig
 from lookalike_trainers.data import Batch
 from lookalike_trainers.denoiser import Denoiser, checkpoint_gradients, trainable
+from lookalike_trainers.method_configs import DiffFitConfig, ends_in
 from lookalike_trainers.methods.deltas import PREFIX as DELTA
 from lookalike_trainers.methods.deltas import (
     differences,

@@ -19,9 +19,10 @@ from torch import nn
 
 from lookalike_registry.tensor_file import ADAPTER_NAME, save_tensors
 from lookalike_trainers.base_parts import BaseParts
-from lookalike_trainers.config import DreamBoothConfig, TrainingConfig
+from lookalike_trainers.config import TrainingConfig
 from lookalike_trainers.data import Batch
 from lookalike_trainers.denoiser import Denoiser, checkpoint_gradients, trainable
+from lookalike_trainers.method_configs import DreamBoothConfig
 from lookalike_trainers.methods.deltas import differences, named, parts_of, wear_deltas
 from lookalike_trainers.methods.method import Card, TakeOff, Wearer
 from lookalike_trainers.objective import weighted_mse

@@ -28,9 +28,10 @@ from lookalike_registry.products import from_peft, loaded_products, saved_produc
 from lookalike_registry.safetensors_header import read_header
 from lookalike_registry.tensor_file import ADAPTER_NAME, adapter_info, save_tensors
 from lookalike_trainers.base_parts import token_names
-from lookalike_trainers.config import UNET_ATTENTION, EdLoraConfig, TrainingConfig
+from lookalike_trainers.config import TrainingConfig
 from lookalike_trainers.data import Batch
 from lookalike_trainers.denoiser import Denoiser, checkpoint_gradients
+from lookalike_trainers.method_configs import UNET_ATTENTION, EdLoraConfig
 from lookalike_trainers.methods.deltas import part_name
 from lookalike_trainers.methods.lora import insert, state, text_targets
 from lookalike_trainers.methods.method import Card, TakeOff, Wearer

@@ -1,10 +1,10 @@
-"""From a method's name in config.METHODS to its code. Torch."""
+"""From a method's name in catalog.METHODS to its code. Torch."""
 
 from importlib import import_module
 from typing import Any
 
 from lookalike_platform.errors import InvalidRequest
-from lookalike_trainers.config import METHODS, MethodInfo
+from lookalike_trainers.catalog import METHODS, MethodInfo
 from lookalike_trainers.methods.method import Builder, Wear
 
 

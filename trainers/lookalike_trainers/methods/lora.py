@@ -24,9 +24,10 @@ from lookalike_registry.adapter_file import WEIGHTS_NAME, LoraCard, LoraShape, s
 from lookalike_registry.products import from_peft, loaded_products, read_lora, saved_products
 from lookalike_registry.safetensors_header import read_header
 from lookalike_registry.tensor_file import ADAPTER_NAME, METHOD_KEY, save_tensors
-from lookalike_trainers.config import TEXT_ATTENTION, LoraConfig, TrainingConfig, ends_in, in_group
+from lookalike_trainers.config import TrainingConfig
 from lookalike_trainers.data import Batch
 from lookalike_trainers.denoiser import Denoiser, checkpoint_gradients
+from lookalike_trainers.method_configs import TEXT_ATTENTION, LoraConfig, ends_in, in_group
 from lookalike_trainers.methods.deltas import part_name
 from lookalike_trainers.methods.method import Card, TakeOff, Wearer
 from lookalike_trainers.methods.products import own_layers, wear_products

@@ -50,7 +50,7 @@ class Method(Protocol):
 
 
 class Builder(Protocol):
-    """A method's entry in config.METHODS: its trainables put into a base's parts."""
+    """A method's entry in catalog.METHODS: its trainables put into a base's parts."""
 
     def __call__(self, parts: Any, config: TrainingConfig) -> Method: ...
 
@@ -87,7 +87,7 @@ TakeOff = Callable[[], None]
 
 
 class Wear(Protocol):
-    """A method's other entry in config.METHODS: a saved adapter acts on a base, at a scale.
+    """A method's other entry in catalog.METHODS: a saved adapter acts on a base, at a scale.
 
     Args of a call: the wearer; the file; the scale, 1 being as trained and 0 not at all; and the
     word that its prompts use for what was learned, where tokens were.

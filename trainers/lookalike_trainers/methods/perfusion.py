@@ -28,9 +28,10 @@ from torch.nn import functional as F
 from lookalike_platform.conditioning import encode
 from lookalike_platform.errors import FieldProblem, InvalidRequest
 from lookalike_registry.tensor_file import ADAPTER_NAME, save_tensors
-from lookalike_trainers.config import PerfusionConfig, TrainingConfig
+from lookalike_trainers.config import TrainingConfig
 from lookalike_trainers.data import Batch
 from lookalike_trainers.denoiser import Denoiser, checkpoint_gradients
+from lookalike_trainers.method_configs import PerfusionConfig
 from lookalike_trainers.methods.covariance import precision
 from lookalike_trainers.methods.custom_diffusion import projections
 from lookalike_trainers.methods.method import Card, TakeOff, Wearer

@@ -23,9 +23,10 @@ from lookalike_datasets.features import cache
 from lookalike_platform.files import sha256_bytes
 from lookalike_registry.tensor_file import ADAPTER_NAME, save_tensors
 from lookalike_trainers.base_parts import BaseParts
-from lookalike_trainers.config import SvdiffConfig, TrainingConfig
+from lookalike_trainers.config import TrainingConfig
 from lookalike_trainers.data import Batch
 from lookalike_trainers.denoiser import Denoiser, checkpoint_gradients
+from lookalike_trainers.method_configs import SvdiffConfig
 from lookalike_trainers.methods import deltas
 from lookalike_trainers.methods.dreambooth import thaw
 from lookalike_trainers.methods.method import Card, TakeOff, Wearer

@@ -22,9 +22,10 @@ from lookalike_platform.errors import FieldProblem, InvalidRequest
 from lookalike_registry.products import Product, loaded_products, saved_products
 from lookalike_registry.safetensors_header import read_header
 from lookalike_registry.tensor_file import ADAPTER_NAME, adapter_info, save_tensors
-from lookalike_trainers.config import TLoraConfig, TrainingConfig, ends_in
+from lookalike_trainers.config import TrainingConfig
 from lookalike_trainers.data import Batch
 from lookalike_trainers.denoiser import Denoiser, checkpoint_gradients
+from lookalike_trainers.method_configs import TLoraConfig, ends_in
 from lookalike_trainers.methods.method import Card, TakeOff, Wearer
 from lookalike_trainers.methods.products import own_layers, wear_products
 from lookalike_trainers.methods.tokens import TokenRows, learn_rows, saved_rows, wear_words

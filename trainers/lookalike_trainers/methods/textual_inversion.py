@@ -18,9 +18,10 @@ import torch
 
 from lookalike_registry.safetensors_header import read_header
 from lookalike_registry.tensor_file import ADAPTER_NAME, adapter_info, save_tensors
-from lookalike_trainers.config import TextualInversionConfig, TrainingConfig
+from lookalike_trainers.config import TrainingConfig
 from lookalike_trainers.data import Batch
 from lookalike_trainers.denoiser import Denoiser, checkpoint_gradients
+from lookalike_trainers.method_configs import TextualInversionConfig
 from lookalike_trainers.methods.deltas import part_name
 from lookalike_trainers.methods.method import Card, TakeOff, Wearer
 from lookalike_trainers.methods.tokens import learn_rows, saved_rows, wear_words, word_rows

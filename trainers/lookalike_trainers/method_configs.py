@@ -1,0 +1,185 @@
+"""What each method adds to the shared options, or begins with instead. Torch-free."""
+
+from collections.abc import Collection
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from lookalike_trainers.config import TrainingConfig
+
+SetId = Annotated[str, Field(pattern=r"^set_[0-9a-z]{1,40}$")]
+UNET_ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+TEXT_ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj")
+TARGET_GROUPS = {
+    "attention": UNET_ATTENTION,
+    "feed_forward": ("ff.net.0.proj", "ff.net.2"),
+    "convolution": ("conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv"),
+}
+"""Layers of the UNet by what they are for; each name is how a module's own name ends."""
+TargetName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.]+$", max_length=100)]
+
+
+class LoraConfig(TrainingConfig):
+    """LoRA (Hu et al. 2021): W' = W + (alpha / rank) B A on layers of the UNet.
+
+    With `train_text_encoder` also on the text encoders' attention; with `prior` it is
+    DreamBooth-LoRA; with `token_vectors` pivotal tuning.
+    """
+
+    rank: int = Field(default=8, ge=1, le=256)
+    alpha: float | None = Field(default=None, gt=0)  # None: equal to the rank
+    targets: tuple[TargetName, ...] = Field(default=("attention",), min_length=1)
+    ranks: dict[TargetName, Annotated[int, Field(ge=1, le=256)]] = Field(default_factory=dict)
+    rslora: bool = False  # alpha / sqrt(rank): Kalajdzievski 2023
+    dora: bool = False  # Liu et al. 2024
+
+    @property
+    def target_modules(self) -> tuple[str, ...]:
+        """How the names of the UNet's targeted modules end."""
+        return all_in_groups(self.targets)
+
+    @property
+    def module_ranks(self) -> dict[str, int]:
+        """How a module's name ends → its rank, where it is not `rank`."""
+        return {name: rank for target, rank in self.ranks.items() for name in in_group(target)}
+
+
+def in_group(target: str) -> tuple[str, ...]:
+    """The names a target stands for: a group's, or itself."""
+    return TARGET_GROUPS.get(target, (target,))
+
+
+def all_in_groups(targets: Collection[str]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(name for target in targets for name in in_group(target)))
+
+
+def ends_in(module: str, names: Collection[str]) -> bool:
+    """Whether a module's name is one of the names or ends in it after a dot."""
+    return any(module == name or module.endswith(f".{name}") for name in names)
+
+
+class TLoraConfig(TrainingConfig):
+    """T-LoRA (Soboleva et al. 2025): LoRA whose rank grows from `min_rank` as noise goes."""
+
+    rank: int = Field(default=8, ge=1, le=256)  # SDXL: 64
+    min_rank: int | None = Field(default=None, ge=0)  # None: half the rank
+    targets: tuple[TargetName, ...] = Field(default=("attention",), min_length=1)
+    train_text_encoder: Literal[False] = False
+
+    @property
+    def target_modules(self) -> tuple[str, ...]:
+        """How the names of the UNet's targeted modules end."""
+        return all_in_groups(self.targets)
+
+    @model_validator(mode="after")
+    def _min_rank_is_below(self) -> Self:
+        if self.min_rank is not None and self.min_rank > self.rank:
+            raise ValueError("min_rank: must not be above rank")
+        return self
+
+
+class EdLoraConfig(TrainingConfig):
+    """ED-LoRA (Mix-of-Show, Gu et al. 2023): a word of two tokens with rows for each layer."""
+
+    rank: int = Field(default=4, ge=1, le=256)
+    prompt: str = Field(default="a {trigger}", max_length=500)
+    token_vectors: Literal[2] = 2
+    token_learning_rate: float = Field(default=5e-3, gt=0, le=1)  # SD 1.5: 1e-3
+    train_text_encoder: Literal[True] = True
+    noise_offset: float = Field(default=0.01, ge=0, le=1)
+
+    @property
+    def phrase(self) -> str:
+        """The word's second token starts as the class noun, and stands for it."""
+        return "{trigger}"
+
+
+class CustomDiffusionConfig(TrainingConfig):
+    """Custom Diffusion (Kumari et al. 2023): the cross-attention's K and V, and one new word."""
+
+    learning_rate: float = Field(default=1e-4, gt=0, le=1)  # SD 1.5: 1e-5 x images in a step
+    sizes: int = Field(default=8, ge=0, le=64)
+    also: tuple[SetId, ...] = Field(default=(), max_length=9)  # more subjects: sks-2, sks-3, …
+    token_vectors: int = Field(default=1, ge=0, le=16)
+    train_text_encoder: Literal[False] = False
+
+    @property
+    def starts_from_noun(self) -> bool:
+        """The word starts from a rare one, and stands before the noun."""
+        return False
+
+    @model_validator(mode="after")
+    def _subjects_are_told_apart(self) -> Self:
+        if self.also and not self.token_vectors:
+            raise ValueError("also: subjects are told apart by words: token_vectors 1 or more")
+        if self.also and not ("{trigger}" in self.prompt and "{class_noun}" in self.prompt):
+            raise ValueError("prompt: with `also`, write {trigger} and {class_noun} in it")
+        if self.also and self.output_preservation:
+            raise ValueError("output_preservation: is of one class; with `also`, take prior")
+        return self
+
+
+class SvdiffConfig(TrainingConfig):
+    """SVDiff (Han et al. 2023): shifts of the singular values of the UNet's matrices.
+
+    With `train_text_encoder` of the text encoders' too.
+    """
+
+    text_encoder_learning_rate: float = Field(default=1e-3, gt=0, le=1)
+
+
+class DreamBoothConfig(TrainingConfig):
+    """DreamBooth (Ruiz et al. 2023): the whole UNet, optionally the text encoders.
+
+    Give it a `prior`, which is a term of the paper's loss; a style does without.
+    """
+
+    learning_rate: float = Field(default=1e-4, gt=0, le=1)  # SD 1.5: 5e-6, 2e-6 with its encoder
+    text_encoder_learning_rate: float = Field(default=2e-5, gt=0, le=1)  # SD 1.5: 2e-6
+    token_vectors: Literal[0] = 0
+
+
+class TextualInversionConfig(TrainingConfig):
+    """Textual Inversion (Gal et al. 2023): the rows of one new word, and nothing else."""
+
+    steps: int = Field(default=600, ge=1, le=100_000)  # SD 1.5: 3000 to 6000
+    token_vectors: int = Field(default=1, ge=1, le=16)
+    templates: Literal["object", "style"] | None = "object"  # captions; None: `prompt`
+    keep_norm: bool = True  # rows stay as long as the vocabulary's are at the median
+    train_text_encoder: Literal[False] = False
+
+    @property
+    def rate(self) -> str:
+        return "token_learning_rate"
+
+    @property
+    def phrase(self) -> str:
+        """The new word alone says what the subject is."""
+        match self.templates:
+            case "object":
+                return "{trigger}"
+            case "style":
+                return "{class_noun} in the style of {trigger}"
+            case None:
+                return super().phrase
+
+
+class DiffFitConfig(TrainingConfig):
+    """DiffFit (Xie et al. 2023): biases, norms, and a scale of each block's output."""
+
+    text_encoder_learning_rate: float = Field(default=1e-3, gt=0, le=1)
+
+
+class PerfusionConfig(TrainingConfig):
+    """Perfusion (Tewel et al. 2023): a gated rank-one edit of keys and values, and one new word."""
+
+    learning_rate: float = Field(default=3e-2, gt=0, le=1)
+    prompt: str = Field(default="a {trigger}", max_length=500)
+    token_vectors: Literal[1] = 1
+    token_learning_rate: float = Field(default=6e-3, gt=0, le=1)
+    train_text_encoder: Literal[False] = False
+
+    @property
+    def phrase(self) -> str:
+        """The new word stands where the class noun would: its keys are the noun's."""
+        return "{trigger}"
