@@ -38,12 +38,13 @@ def main() -> None:
     options.add_argument("--early", type=json.loads, default={}, help="early_stopping, as JSON")
     given = options.parse_args()
     subjects = [s for s in read_subjects(given.subjects) if not given.only or s.name in given.only]
-    fixed = contender("fixed", given.method, given.config)
-    early = contender("early", given.method, given.config | {"early_stopping": given.early})
     with tempfile.TemporaryDirectory() as home:
         settings = Settings(home=Path(home))
         base = bases.resolve(given.base, settings)
         parts = BaseParts(base.folder, torch.device("cpu"), settings.cache)
+        fixed = contender("fixed", given.method, given.config, base)
+        options_of_early = given.config | {"early_stopping": given.early}
+        early = contender("early", given.method, options_of_early, base)
         workshop = Workshop(base, parts, settings, settings.runs)
         print(f"{'subject':16} {'steps':>11} {'share':>6} {'fidelity':>15} {'ratio':>6}")
         ratios = [_compare(workshop, subject, fixed, early) for subject in subjects]

@@ -56,7 +56,11 @@ class Engine:
         if self.zero_stage == 0:
             # DeepSpeed neither tells the norm nor stops at one that is not finite without ZeRO.
             trainables = [p for group in self.optimizer.param_groups for p in group["params"]]
-            norm = float(torch.nn.utils.clip_grad_norm_(trainables, self.max_grad_norm))
+            norm = float(
+                nn.utils.get_total_norm([p.grad for p in trainables if p.grad is not None])
+            )
+            if norm > self.max_grad_norm:  # below it, clipping would multiply everything by one
+                nn.utils.clip_grads_with_norm_(trainables, self.max_grad_norm, torch.tensor(norm))
             if math.isfinite(norm):
                 self._take_step()
             return norm
