@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
@@ -148,11 +149,12 @@ def test_its_file_on_the_base_paints_what_the_trained_module_does(
     expected, before = says(by_module), says(untouched)
     take_off = wear(worn, file, 1.0, "sks")
     torch.testing.assert_close(says(worn), expected, rtol=1e-5, atol=1e-6)
-    pictures = [
-        paint(parts, ["a sks dog"], (3,), RESOLUTION, Style("ddim", 4))[0][0].tobytes()
+    mine, trained_paints = (
+        numpy.asarray(paint(parts, ["a sks dog"], (3,), RESOLUTION, Style("ddim", 4))[0][0], int)
         for parts in (worn, by_module)
-    ]
-    assert pictures[0] == pictures[1]
+    )
+    # base + (trained - base) is trained but for the last bit, which may tip a level's rounding.
+    assert abs(mine - trained_paints).max() <= 1
     take_off()
     assert torch.equal(says(worn), before)
     for mine, own in zip(

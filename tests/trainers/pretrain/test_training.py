@@ -90,8 +90,8 @@ def test_latents_are_the_scaled_mean_of_the_encoder(
     with torch.no_grad():
         mean = vae.encode(to_tensor([p for _, p in scenes])).latent_dist.mean
     expected = (mean * vae.config.scaling_factor).numpy()
-    # bf16 keeps three digits through the encoder; the trained one's posterior is wider than that.
-    np.testing.assert_allclose(opened.latents, expected, atol=2e-2 * np.abs(expected).max())
+    # bf16 keeps two to three digits; the trained encoder's posterior is wider than that.
+    np.testing.assert_allclose(opened.latents, expected, atol=4e-2 * np.abs(expected).max())
 
 
 @pytest.mark.parametrize("decoder_only", [False, True])
