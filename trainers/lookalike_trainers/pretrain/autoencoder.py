@@ -40,7 +40,7 @@ class AutoencoderConfig:
     warmup: int = 100
     edges: float = 0.5
     kl: float = 1e-6
-    photo_share: float = 0.3
+    photo_share: float = 0.15
     checkpoint_every: int = 250
     decoder_only: bool = False
     seed: int = 0
@@ -74,6 +74,16 @@ def edge_loss(a: Tensor, b: Tensor) -> Tensor:
     return loss
 
 
+@torch.no_grad()
+def scaling_factor(vae: Any, pairs: list[tuple[str, str]], sprites: Sprites) -> float:
+    """What makes latents of unit variance, as the noise schedule takes them to be
+    (Rombach et al. 2022, appendix G)."""
+    pictures = [picture for _, picture in paint_scenes(256, pairs, sprites, Mix(), seed=0)]
+    parts = to_tensor(pictures).split(64)
+    latents = [vae.encode(part.to(device())).latent_dist.mode() for part in parts]
+    return 1 / float(torch.cat(latents).std())
+
+
 def train(
     vae: Any,
     pairs: list[tuple[str, str]],
@@ -84,7 +94,8 @@ def train(
 ) -> dict[str, Any]:
     """Train to ``config.steps`` or to a signal; resume from ``run/autoencoder.pt`` if it exists.
 
-    Returns the last checkpoint's state; its ``model`` is the autoencoder's state dict.
+    Returns the last checkpoint's state; its ``model`` is the autoencoder's state dict, and its
+    ``scaling_factor`` belongs into the autoencoder's config.
     """
     where = device()
     vae.to(where).train()
@@ -103,6 +114,7 @@ def train(
 
     def checkpoint() -> dict[str, Any]:
         state = {
+            "scaling_factor": scaling_factor(vae, pairs, sprites),
             "step": step,
             "losses": losses,
             "model": vae.state_dict(),

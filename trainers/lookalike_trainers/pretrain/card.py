@@ -28,11 +28,12 @@ left to right, top to bottom.
 
 ## Bars
 
-`lookalike pretrain evaluate`, {prompts} prompts. "Judge" is the same figure on composites of real
-sprites: the classifier that judges has seen sprites alone, never a generated picture.
+`lookalike pretrain evaluate`, {prompts} prompts. "Real sprites" is the same figure on composites of
+real sprites: the classifier that judges has seen sprites alone, never a generated picture.
+"Autoencoded" is the figure on those composites encoded and decoded: no denoiser could do better.
 
-| figure | measured | demanded | met | judge on real sprites |
-| --- | --- | --- | --- | --- |
+| figure | measured | demanded | met | real sprites | autoencoded |
+| --- | --- | --- | --- | --- | --- |
 {bars}
 
 ## Training
@@ -126,8 +127,8 @@ def _bar_row(bar: dict[str, Any]) -> str:
         demanded, met = "", ""
     else:
         demanded, met = f"{bar['demanded']:g}", "yes" if bar["met"] else "no"
-    judge = "" if bar["judge"] is None else f"{bar['judge']:.3f}"
-    return f"| {bar['name']} | {bar['measured']:.3f} | {demanded} | {met} | {judge} |"
+    limits = ["" if bar[key] is None else f"{bar[key]:.3f}" for key in ("judge", "ceiling")]
+    return f"| {bar['name']} | {bar['measured']:.3f} | {demanded} | {met} | {' | '.join(limits)} |"
 
 
 def _loss_rows(run: Path, rows: int = 12) -> str:

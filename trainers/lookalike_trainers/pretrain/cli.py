@@ -134,9 +134,10 @@ def export(
 ) -> None:
     """Write the run's weights as a plain diffusers folder, and its losses beside the run."""
     from lookalike_trainers.pretrain.export import export as write
-    from lookalike_trainers.pretrain.models import load_denoiser, load_tokenizer, load_vae
+    from lookalike_trainers.pretrain.models import load_denoiser, load_tokenizer, load_trained_vae
 
-    write(load_denoiser(_folder(start)), load_vae(start), load_tokenizer(start), run, folder)
+    vae = load_trained_vae(_folder(start), run)
+    write(load_denoiser(start), vae, load_tokenizer(start), run, folder)
 
 
 @app.command()
@@ -177,12 +178,12 @@ def evaluate(
     judge = train_judge(nouns, sprites, run, steps=judge_steps)
     bars = measure(folder, judge, nouns, sprites, photos, prompts=prompts)
 
-    table = Table("figure", "measured", "demanded", "met", "judge on real sprites")
+    table = Table("figure", "measured", "demanded", "met", "real sprites", "autoencoded")
     for bar in bars:
         demanded = "" if bar.demanded is None else f"{bar.demanded:g}"
         met = "" if bar.demanded is None else ("yes" if bar.met else "no")
-        real = "" if bar.judge is None else f"{bar.judge:.3f}"
-        table.add_row(bar.name, f"{bar.measured:.3f}", demanded, met, real)
+        limits = ["" if limit is None else f"{limit:.3f}" for limit in (bar.judge, bar.ceiling)]
+        table.add_row(bar.name, f"{bar.measured:.3f}", demanded, met, *limits)
     Console().print(table)
     content = {"prompts": prompts, "bars": [bar.as_dict() for bar in bars]}
     (run / "evaluation.json").write_text(json.dumps(content, indent=1))

@@ -13,7 +13,7 @@ from lookalike_trainers.pretrain.runs import load_checkpoint
 
 
 def export(model: Denoiser, vae: Any, tokenizer: Any, run: Path, folder: Path) -> None:
-    """Write ``folder`` from the run's checkpoints; a part without one is written as given.
+    """Write ``folder`` from the run's denoiser, if it trained one, and the other parts as given.
 
     The denoiser's averaged weights are exported, not the last step's.  Each part is written
     beside and moved into place; other files of ``folder`` (the card) stay.
@@ -22,9 +22,6 @@ def export(model: Denoiser, vae: Any, tokenizer: Any, run: Path, folder: Path) -
     if trained is not None:
         model.load_state_dict(trained["ema"], strict=False)
         (run / "losses.json").write_text(json.dumps(trained["losses"]))
-    tuned = load_checkpoint(run / "autoencoder.pt")
-    if tuned is not None:
-        vae.load_state_dict(tuned["model"])
     write_folder(model, vae, tokenizer, folder)
 
 

@@ -15,13 +15,14 @@ def load_vae(start: Path) -> Any:
 
 
 def load_trained_vae(start: Path, run: Path) -> Any:
-    """The run's autoencoder where it trained one, else that of ``start``."""
+    """The run's autoencoder, with its latents' scale, where it trained one; else ``start``'s."""
     from lookalike_trainers.pretrain.runs import load_checkpoint
 
     vae = load_vae(start)
     trained = load_checkpoint(run / "autoencoder.pt")
     if trained is not None:
         vae.load_state_dict(trained["model"])
+        vae.register_to_config(scaling_factor=trained["scaling_factor"])
     return vae
 
 
