@@ -27,7 +27,7 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     options.add_argument("--resolution", type=int, default=512)
     options.add_argument("--steps", type=int, default=2)
-    options.add_argument("--precision", choices=("no", "bf16"), default="no")
+    options.add_argument("--precision", choices=("no", "bf16"), default="bf16")
     options.add_argument("--keep-activations", action="store_true", help="do not recompute them")
     options.add_argument("--child", choices=("base", "ours", "textbook"), help=argparse.SUPPRESS)
     options.add_argument("--folder", type=Path, help=argparse.SUPPRESS)

@@ -1,6 +1,6 @@
 """A base model's parts, each loaded when it is first asked for and let go when it has served.
 
-Torch. Everything is float32 and frozen; a method thaws what it trains.
+Torch. Everything is frozen, and float32 but for `take_frozen_unet`; a method thaws what it trains.
 """
 
 import json
@@ -14,6 +14,7 @@ import torch
 from lookalike_datasets.features.text import tokenize
 from lookalike_platform.conditioning import Text, encode
 from lookalike_platform.families import FLOW_SCHEDULER
+from lookalike_trainers.streamed import load_streamed
 
 
 class BaseParts:
@@ -84,6 +85,12 @@ class BaseParts:
             )
         return self._loaded["scheduler"]
 
+    @property
+    def vae_scale(self) -> int:
+        """Pixels of a side per latent."""
+        config = json.loads((self.folder / "vae/config.json").read_text())
+        return int(2 ** (len(config["block_out_channels"]) - 1))
+
     def ids(self, prompts: Sequence[str]) -> torch.Tensor:
         """Token ids [prompts, encoders, tokens]; see `tokens.py` for words that are learned."""
         spelled = [spell(prompt, self.learned) for prompt in prompts]
@@ -114,6 +121,19 @@ class BaseParts:
         for key in self._names if name == "text_encoders" else [name]:
             del self._loaded[key]
         return part
+
+    def take_frozen_unet(self, *, bf16: bool) -> Any:
+        """Hand the UNet over to somebody who leaves its weights as they are.
+
+        bf16: rounded already where autocast would round them in every step; see streamed.py.
+        """
+        if not bf16 or "unet" in self._loaded:
+            return self.take("unet")
+        from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+
+        with torch.inference_mode(False):
+            unet = load_streamed(UNet2DConditionModel, self.folder / "unet", torch.bfloat16)
+        return unet.requires_grad_(False).eval().to(self.device)
 
     def release(self) -> None:
         """Let go of everything but the tokenizers and the schedule, which are small."""
