@@ -50,18 +50,21 @@ class _Refused(Exception):
     """Why a file is not accepted, in words for its owner."""
 
 
-def examine(filename: str, file: BinaryIO, limits: Settings) -> Verdict:
+def examine(
+    filename: str, file: BinaryIO, limits: Settings, *, to_learn_from: bool = True
+) -> Verdict:
     """Judges a file by its content; its name and stated type count for nothing.
 
     Args:
         file: read up to `limits.max_image_bytes` + 1.
+        to_learn_from: warn of what teaches little.
     """
     try:
         data = _read(file, limits.max_image_bytes)
         image, notes = _decode(data, limits)
     except _Refused as refused:
         return Verdict(filename, accepted=False, reason=str(refused))
-    if is_blurry(image):
+    if to_learn_from and is_blurry(image):
         notes.append("looks blurry: a sharper photo teaches more")
     buffer = io.BytesIO()
     image.save(buffer, "PNG")

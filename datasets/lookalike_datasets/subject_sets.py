@@ -10,6 +10,8 @@ from sqlalchemy import delete as delete_rows
 from sqlalchemy import or_, select
 from sqlalchemy.orm import Session
 
+from lookalike_datasets import masks
+from lookalike_datasets.blobs_in_use import delete_unused
 from lookalike_datasets.intake import Verdict, examine, looks_alike
 from lookalike_platform.blobs import BlobStore
 from lookalike_platform.db.engine import Database
@@ -40,7 +42,8 @@ def create(
     """Examines the files and keeps the accepted ones as a new set.
 
     Args:
-        files: (file name, binary file object) in the order they are to keep.
+        files: (file name, binary file object) in the order they are to keep; masks.py says which
+            are masks of others.
         captions: by file name.
 
     Raises:
@@ -48,10 +51,17 @@ def create(
             `fields` has one entry for each refused file, and nothing is stored.
     """
     captions = {key: text.strip() for key, text in captions.items() if text.strip()}
+    files, found = masks.split(files)
     problems = _problems(name, class_noun, [file for file, _ in files], captions, settings)
     if problems:
         raise InvalidRequest("The subject set cannot be made as it is.", problems)
-    verdicts = _refuse_duplicates([examine(key, file, settings) for key, file in files])
+    examined = [examine(key, file, settings) for key, file in files]
+    verdicts = _refuse_duplicates(
+        masks.put_on(verdict, *found[verdict.filename], settings)
+        if verdict.filename in found
+        else verdict
+        for verdict in examined
+    )
     accepted = [verdict for verdict in verdicts if verdict.accepted]
     if len(accepted) < settings.min_images:
         raise InvalidRequest(
@@ -117,7 +127,7 @@ def delete(db: Database, blobs: BlobStore, owner: str, id: str) -> None:
             raise Conflict(f"Job {user} uses this set. Wait for it, or cancel it.")
         digests = [image.sha256 for image in images(session, id) if image.sha256]
         session.execute(delete_rows(SubjectSet).where(SubjectSet.id == id))
-    _delete_unused(db, blobs, digests)
+    delete_unused(db, blobs, digests)
 
 
 def _problems(
@@ -225,7 +235,7 @@ def _store(
                 for position, (verdict, digest) in enumerate(zip(verdicts, digests, strict=True))
             )
     except BaseException:
-        _delete_unused(db, blobs, [digest for digest in digests if digest])
+        delete_unused(db, blobs, [digest for digest in digests if digest])
         raise
     return made
 
@@ -234,11 +244,3 @@ def _put(blobs: BlobStore, verdicts: Iterable[Verdict]) -> None:
     for verdict in verdicts:
         if verdict.accepted:
             blobs.put(verdict.png)
-
-
-def _delete_unused(db: Database, blobs: BlobStore, digests: Sequence[str]) -> None:
-    with db.session() as session:
-        hold_blobs(session)
-        query = select(SubjectImage.sha256).where(SubjectImage.sha256.in_(digests))
-        for digest in set(digests) - set(session.scalars(query)):
-            blobs.delete(digest)
