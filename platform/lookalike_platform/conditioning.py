@@ -48,6 +48,13 @@ class Text:
         pooled = None if self.pooled is None else torch.zeros_like(self.pooled)
         return type(self)(torch.zeros_like(self.features), pooled, self.time_ids)
 
+    def of_size(self, height: int, width: int) -> Self:
+        """The prompts for pictures of this size in pixels, whole and uncut."""
+        if self.time_ids is None:
+            return self
+        told = self.time_ids.new_tensor([height, width, 0, 0, height, width])
+        return type(self)(self.features, self.pooled, told.expand(len(self), -1))
+
     def tensors(self) -> dict[str, torch.Tensor]:
         """What is not None, by name: `Text(**text.tensors())` is the text again."""
         named = {field.name: getattr(self, field.name) for field in fields(self)}
