@@ -6,6 +6,7 @@ LookalikeError
 ├── NotFound            404  no such object, or another owner's
 ├── Conflict            409  the object's state forbids it
 ├── TooLarge            413  a body or file above its limit
+├── TooMany             429  too much is waiting already; `retry_after` says when to come again
 ├── CapabilityMissing   501  an optional part is not installed or not configured
 └── TrainingFailed      500  a run that stopped: cause, step, remedy
 """
@@ -67,6 +68,13 @@ class Conflict(LookalikeError):
 
 class TooLarge(LookalikeError):
     status, slug, title = 413, "too-large", "Too large"
+
+
+@dataclass(eq=False)
+class TooMany(LookalikeError):
+    retry_after: int = 1  # seconds
+
+    status, slug, title = 429, "too-many", "Too much is waiting already"
 
 
 class CapabilityMissing(LookalikeError):

@@ -57,6 +57,24 @@ class Settings(BaseSettings):
     max_prompt_characters: int = 2000
     max_wait_seconds: float = 120.0
 
+    # Sampling
+    sample_concurrency: int = Field(default=32, ge=1)
+    """Generations that a sampling worker has in hand at once, for its sampler to batch."""
+
+    sampler_url: str = ""
+    """http://host:port where the sampling worker listens and the API calls it, so that a generation
+    does not wait for the broker to tell. Left empty, the broker alone tells."""
+
+    max_queued: int = Field(default=1000, ge=1)
+    max_queued_per_owner: int = Field(default=200, ge=1)
+    """Generations that may wait; one more is refused, with when to come again."""
+
+    adapter_host_bytes: int = Field(default=2**30, ge=1)
+    """Adapters in the memory of a sampler, in bytes; those unused for longest make room."""
+
+    adapter_device_bytes: int = Field(default=2**29, ge=1)
+    """The same in the memory of its GPU, if it has one."""
+
     # Evaluation: a folder, or a hub id that is in the hub's local cache
     clip_encoder: str | None = None
     """Judges prompts, and subjects too: openai/clip-vit-base-patch32 is the papers'."""

@@ -16,6 +16,9 @@ from lookalike_platform.db.engine import (
 )
 from lookalike_platform.db.tables import AdapterAlias, Table
 
+NEWEST = "0002"
+"""The last revision."""
+
 
 def alias(version: int, name: str = "candidate") -> AdapterAlias:
     return AdapterAlias(owner="local", concept="dog", alias=name, version=version)
@@ -25,7 +28,7 @@ def test_migrating_makes_the_tables_and_once_is_enough(database_url: str) -> Non
     assert schema_revision(database_url) is None
     migrate(database_url)
     migrate(database_url)
-    assert schema_revision(database_url) == "0001"
+    assert schema_revision(database_url) == NEWEST
     database = open_database(database_url)
     names = set(inspect(database.engine).get_table_names())
     database.close()
@@ -56,7 +59,7 @@ def test_two_processes_may_migrate_at_once(database_url: str) -> None:
     for process in started:
         _, errors = process.communicate()
         assert process.returncode == 0, errors
-    assert schema_revision(database_url) == "0001"
+    assert schema_revision(database_url) == NEWEST
 
 
 def test_a_session_commits_all_or_nothing(database: Database) -> None:

@@ -47,8 +47,25 @@ class SubjectImage(Table):
     caption: Mapped[str | None]
 
 
+class UploadedImage(Table):
+    """A picture to paint from, or a mask. Its blob is a PNG."""
+
+    __tablename__ = "images"
+    id: Mapped[str] = mapped_column(primary_key=True)
+    owner: Mapped[str]
+    filename: Mapped[str]
+    sha256: Mapped[str]
+    width: Mapped[int]
+    height: Mapped[int]
+    created_at: Mapped[float]
+    __table_args__ = (
+        Index("ix_images_owner", "owner", "id"),
+        Index("ix_images_sha256", "sha256"),
+    )
+
+
 class Job(Table):
-    """One unit of queued work. `kind`: train | generate | evaluate. States in `jobs/states.py`."""
+    """One unit of queued work. Kinds and their states are in `jobs/states.py`."""
 
     __tablename__ = "jobs"
     id: Mapped[str] = mapped_column(primary_key=True)

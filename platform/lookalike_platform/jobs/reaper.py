@@ -1,4 +1,7 @@
-"""The reaper: gives jobs of lost workers back to the queue, and lost messages to the broker."""
+"""The reaper: gives jobs of lost workers back to the queue, and lost messages to the broker.
+
+It also ends what nobody took in time: jobs whose request has a `deadline_seconds`.
+"""
 
 from dataclasses import dataclass
 
@@ -15,6 +18,12 @@ RESEND_SECONDS = (60.0, 900.0)
 At first the lower bound; then as long as the message has waited already, up to the upper bound, so
 that a long queue does not fill with duplicates. Sending too early is harmless.
 """
+
+
+LATE = (
+    "The job was not begun by its deadline: too much else was waiting. Submit it again, or give it "
+    "more time with `deadline_seconds`."
+)
 
 
 @dataclass(frozen=True)
@@ -38,6 +47,7 @@ def reap(db: Database, now: float, max_attempts: int) -> Reaped:
         )
         job_ids = session.scalars(expired).all()
     outcomes = [_take_back(db, job_id, now, max_attempts) for job_id in job_ids]
+    outcomes += _end_late(db, now)
     return Reaped(
         requeued=outcomes.count(states.QUEUED),
         ended=sum(outcome in states.TERMINAL for outcome in outcomes),
@@ -72,6 +82,21 @@ def _take_back(db: Database, job_id: str, now: float, max_attempts: int) -> str 
         else:
             lease.requeue(session, job, f"the worker was lost in {job.state}")
         return job.state
+
+
+def _end_late(db: Database, now: float) -> list[str]:
+    """Fail jobs that are still queued at their deadline."""
+    allowed = Job.request["deadline_seconds"].as_float()
+    late = (Job.state == states.QUEUED, Job.created_at + allowed < now)
+    with db.read_session() as session:
+        job_ids = session.scalars(select(Job.id).where(*late)).all()
+    for job_id in job_ids:
+        with db.session() as session:
+            still = update(Job).where(Job.id == job_id, *late).values(lease_owner=None)
+            job = session.scalar(still.returning(Job))
+            if job is not None:
+                lease.finish(session, job, states.FAILED, error=LookalikeError(LATE).problem())
+    return [states.FAILED for _ in job_ids]
 
 
 def _lost(times: int) -> LookalikeError:

@@ -2,7 +2,8 @@
 
     train      queued → preparing → training → evaluating → registering ─┬→ succeeded
     generate   queued → preparing → sampling ────────────────────────────┼→ failed
-    evaluate   queued → preparing → evaluating ──────────────────────────┴→ canceled
+    evaluate   queued → preparing → evaluating ──────────────────────────┤
+    compose    queued → preparing → composing → registering ─────────────┴→ canceled
                  ↑__________|  worker lost, or drained
 
 A worker moves its job forwards only, and may skip states. A job goes back to `queued` when its
@@ -21,10 +22,11 @@ RUNNING_STATES = {
     "train": (PREPARING, "training", "evaluating", "registering"),
     "generate": (PREPARING, "sampling"),
     "evaluate": (PREPARING, "evaluating"),
+    "compose": (PREPARING, "composing", "registering"),
 }
 """By kind of job, the states a worker takes it through."""
 
-QUEUES = {"train": "train", "generate": "sample", "evaluate": "evaluate"}
+QUEUES = {"train": "train", "generate": "sample", "evaluate": "evaluate", "compose": "compose"}
 """By kind of job, the queue its message goes to."""
 
 ALL = tuple(

@@ -18,7 +18,7 @@ class NewJob:
     """What a job is made of. `request` is the whole validated request, as JSON."""
 
     owner: str
-    kind: Literal["train", "generate", "evaluate"]
+    kind: Literal["train", "generate", "evaluate", "compose"]
     base_model: str
     base_fingerprint: str
     request: dict[str, Any]

@@ -36,12 +36,18 @@ def carry_out(
         unforeseen: makes the job's error of an exception nobody thought of, given in words.
     """
     lease = leases.claim(db, job_id, worker, lease_seconds)
-    if lease is None:
-        return
+    if lease is not None:
+        carry_out_claimed(db, lease, work, unforeseen)
+
+
+def carry_out_claimed(
+    db: Database, lease: Lease, work: Work, unforeseen: Callable[[str], LookalikeError]
+) -> None:
+    """Do `work` on a job that is this worker's; as `carry_out`."""
     try:
         _hold_and_work(db, lease, work, unforeseen)
     except LeaseLost:
-        log.warning("%s went on elsewhere; leaving it alone", job_id)
+        log.warning("%s went on elsewhere; leaving it alone", lease.job_id)
 
 
 def _hold_and_work(
