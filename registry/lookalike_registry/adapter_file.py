@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from lookalike_platform.errors import FieldProblem, InvalidRequest
 from lookalike_platform.files import atomic_write, sha256_bytes
+from lookalike_registry.refusals import refuse_misfits, refuse_what_is_not_finite
 from lookalike_registry.safetensors_header import Header, Tensor, read_header, with_metadata
 
 if TYPE_CHECKING:
@@ -240,19 +241,8 @@ def check_against_base(path: Path, base_folder: Path) -> Header:
         for name, module in modules.items()
         if (problem := _misfit(name, module, shapes.get(name), configs))
     ]
-    if problems:
-        raise InvalidRequest(
-            f"{path.name} does not fit the base model in {base_folder.name}: it was trained on"
-            " another one.",
-            problems,
-        )
-    problems = [
-        FieldProblem(key, "holds values that are not finite")
-        for key, tensor in header.tensors.items()
-        if not finite(path, tensor)
-    ]
-    if problems:
-        raise InvalidRequest(f"{path.name} is damaged: its training diverged.", problems)
+    refuse_misfits(path, base_folder, problems)
+    refuse_what_is_not_finite(path, header)
     return header
 
 
@@ -353,18 +343,3 @@ def _misfit(
 
 def _list(shape: tuple[int, ...] | None) -> str:
     return "none" if shape is None else str(list(shape))
-
-
-def finite(path: Path, tensor: Tensor) -> bool:
-    """No infinity and no NaN: such values have all exponent bits set."""
-    import numpy
-
-    kind, exponent = {
-        "F32": ("<u4", 0x7F800000),
-        "F16": ("<u2", 0x7C00),
-        "BF16": ("<u2", 0x7F80),
-    }[tensor.dtype]
-    with path.open("rb") as file:
-        file.seek(tensor.begin)
-        bits = numpy.frombuffer(file.read(tensor.end - tensor.begin), dtype=kind)
-    return not bool(((bits & exponent) == exponent).any())

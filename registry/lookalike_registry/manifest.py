@@ -49,7 +49,7 @@ class Weights(Section):
     """The weights file. `modules`: rank and alpha by `unet.<module>`, `text_encoder.<module>`.
 
     `token_count` and `token_width`: learned embedding rows, for methods that learn any; the width
-    is the first text encoder's.
+    is the first text encoder's. `dora`: the lengths of rows were learned too (DoRA).
     """
 
     file: str = WEIGHTS_NAME
@@ -59,6 +59,7 @@ class Weights(Section):
     modules: dict[str, ModuleShape]
     token_count: int = 0
     token_width: int | None = None
+    dora: bool = False
 
 
 class BaseRecord(Section):
@@ -71,16 +72,47 @@ class BaseRecord(Section):
     prediction_type: str
 
 
+class SubjectRecord(Section):
+    """One of the subjects of a merged version, as prompts name it: `<name>`.
+
+    learned: its trigger stands for learned rows. The word for them is the version's own, counted
+    by the subject's place among all (`tensor_file.nth_word`).
+    """
+
+    name: str = Field(pattern=NAME_PATTERN)
+    trigger: str
+    class_noun: str
+    phrase: str
+    learned: bool
+
+
 class Prompting(Section):
+    """How prompts speak of the subject; of a merged version's first one, and `subjects` has all."""
+
     class_noun: str
     trigger: str
     phrase: str = "{trigger} {class_noun}"
     recommended_scale: float = 1.0
     recommended_guidance: float = 4.0
+    subjects: list[SubjectRecord] = []
+
+
+class Parent(Section):
+    """A version that went into a merged one. `ref` and `digest` outlive its deletion."""
+
+    id: str
+    ref: str
+    digest: str = Sha256
+    method: str
+    scale: float
 
 
 class Lineage(Section):
-    """Everything that decided the weights. `images`: sha256 of each, in order."""
+    """Everything that decided the weights. `images`: sha256 of each, in order.
+
+    A merged version has `parents`, and the photos of all of them; its `config` is the strategy and
+    its options.
+    """
 
     subject_set: str
     subject_set_digest: str
@@ -92,6 +124,7 @@ class Lineage(Section):
     world_size: int
     zero_stage: int
     attempts: int
+    parents: list[Parent] = []
 
     @property
     def config_digest(self) -> str:
@@ -130,6 +163,25 @@ class Manifest(Section):
     evaluation: Evaluation = Evaluation()
     policy: Policy = Policy()
 
+    @property
+    def subjects(self) -> list[SubjectRecord]:
+        """Whom it can paint: one by the name of the concept, or all of a merged version."""
+        prompting = self.prompting
+        return prompting.subjects or [
+            SubjectRecord(
+                name=self.identity.concept,
+                trigger=prompting.trigger,
+                class_noun=prompting.class_noun,
+                phrase=prompting.phrase,
+                learned=bool(self.weights.token_count),
+            )
+        ]
+
+    @property
+    def names(self) -> set[str]:
+        """What prompts may call it: its concept, and of a merged version each subject's."""
+        return {self.identity.concept, *(subject.name for subject in self.subjects)}
+
     def to_tags(self) -> dict[str, str]:
         """The values one searches for, as MLflow's tags; those not known are left out."""
         tags = {
@@ -148,6 +200,7 @@ class Manifest(Section):
             "subject_set_digest": self.lineage.subject_set_digest,
             "config_digest": self.lineage.config_digest,
             "seed": self.lineage.seed,
+            "parents": ",".join(parent.id for parent in self.lineage.parents) or None,
             "subject_fidelity": self.evaluation.subject_fidelity,
             "prompt_fidelity": self.evaluation.prompt_fidelity,
             "prior_drift": self.evaluation.prior_drift,
@@ -177,6 +230,7 @@ def weights_record(path: Path) -> Weights:
         modules=modules,
         token_count=tokens.shape[0] if tokens else 0,
         token_width=tokens.shape[1] if tokens else None,
+        dora=any("magnitude" in key for key in header.tensors),
     )
 
 

@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, Any
 
 from lookalike_platform.errors import FieldProblem, InvalidRequest
 from lookalike_platform.files import atomic_write
-from lookalike_registry.adapter_file import ARCHITECTURES, DTYPES, PARTS, finite
+from lookalike_registry.adapter_file import ARCHITECTURES, DTYPES, PARTS
+from lookalike_registry.refusals import refuse_misfits, refuse_what_is_not_finite
 from lookalike_registry.safetensors_header import Header, Tensor, read_header, with_metadata
 
 if TYPE_CHECKING:
@@ -108,19 +109,8 @@ def check_tensors(path: Path, base_folder: Path) -> Header:
         for key, tensor in header.tensors.items()
         if (problem := _misfit(key, tensor, header, shapes, method))
     ]
-    if problems:
-        raise InvalidRequest(
-            f"{path.name} does not fit the base model in {base_folder.name}: it was trained on"
-            " another one.",
-            problems,
-        )
-    problems = [
-        FieldProblem(key, "holds values that are not finite")
-        for key, tensor in header.tensors.items()
-        if not finite(path, tensor)
-    ]
-    if problems:
-        raise InvalidRequest(f"{path.name} is damaged: its training diverged.", problems)
+    refuse_misfits(path, base_folder, problems)
+    refuse_what_is_not_finite(path, header)
     return header
 
 

@@ -213,7 +213,7 @@ def _refuse_in_use(session: Session, version: AdapterVersion) -> None:
     unfinished = session.scalars(
         select(Job).where(
             Job.owner == version.owner,
-            Job.kind.in_(["generate", "evaluate"]),
+            Job.kind.in_(["generate", "evaluate", "compose"]),
             Job.state.not_in(TERMINAL),
         )
     )

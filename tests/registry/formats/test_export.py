@@ -184,12 +184,11 @@ def test_a_file_of_peft_names_or_without_alpha_is_read(base: Path, tmp_path: Pat
         assert all(torch.equal(found[n].up, expected[n].up) for n in found)
 
 
+@pytest.mark.parametrize("base", ["sdxl"], indirect=True)
 def test_sdxl_under_kohyas_own_names_is_what_diffusers_makes_of_them(
     tmp_path: Path, base: Path
 ) -> None:
     """kohya trains SDXL's UNet as it was first published: input_blocks, middle_block, …"""
-    if base.name != "sdxl":
-        pytest.skip("of SDXL")
     pipe = pipeline(base)
     published = {
         spelled: name
