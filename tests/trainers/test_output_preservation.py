@@ -1,5 +1,6 @@
 """Differential output preservation: the class keeps the base's answers, without class images."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -7,9 +8,10 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from lookalike_platform.conditioning import predict
+from lookalike_datasets.features.latents import Moments
+from lookalike_platform.conditioning import Text, predict
 from lookalike_trainers.base_parts import BaseParts
-from lookalike_trainers.data import TrainingData
+from lookalike_trainers.data import Bucket, Reference, TrainingData
 from lookalike_trainers.method_configs import LoraConfig
 from lookalike_trainers.methods.lora import Lora, build
 from lookalike_trainers.prepare import prepare
@@ -46,23 +48,51 @@ def prepared(folder: Path, **options: Any) -> tuple[Lora, TrainingData]:
     return build(parts, config), data
 
 
-def test_the_loss_is_the_subjects_and_the_distance_from_the_base_on_the_class(folder: Path) -> None:
-    """MSE(e', e | a sks dog) + lambda MSE(e', base | a dog), written out term by term."""
-    method, data = prepared(folder, min_snr_gamma=None)
-    with torch.no_grad():
-        for parameter in method.module.parameters():
-            if parameter.requires_grad:
-                parameter.normal_(std=0.3)
-    batch = data.batch(0, 0, 0, 1)
-    loss = method.loss(method.module(batch.noisy, batch.timesteps, batch.text), batch)
+def in_float64(data: TrainingData) -> TrainingData:
+    assert data.reference is not None
+    assert isinstance(data.texts, Text)
+    data.reference.base.double()
+    texts = data.reference.texts.to("cpu", torch.float64)
+    views = [
+        [
+            replace(view, moments=Moments(view.moments.mean.double(), view.moments.std.double()))
+            for view in photo
+        ]
+        for photo in data.buckets[0].photos
+    ]
+    return replace(
+        data,
+        buckets=[Bucket(views, [])],
+        texts=data.texts.to("cpu", torch.float64),
+        reference=Reference(data.reference.base, texts),
+    )
 
-    base, noisy, t = BaseParts(folder / "base", CPU), batch.noisy[:2], batch.timesteps[:2]
-    plain = base.encode(["a dog"] * 2, RESOLUTION)
-    subject = base.encode(["a sks dog"] * 2, RESOLUTION)
-    learned = predict(method.module.unet, noisy, t, subject) - batch.target[:2]
-    kept = predict(method.module.unet, noisy, t, plain) - predict(base.unet, noisy, t, plain)
+
+def test_loss_and_gradient_are_the_subjects_and_the_distance_from_the_base_on_the_class(
+    folder: Path,
+) -> None:
+    """MSE(e', e | a sks dog) + lambda MSE(e', base | a dog), written out term by term, float64."""
+    method, data = prepared(folder, min_snr_gamma=None)
+    method.module.double()
+    trained = [p for p in method.module.parameters() if p.requires_grad]
+    with torch.no_grad():
+        for parameter in trained:
+            parameter.normal_(std=0.3)
+    batch = in_float64(data).batch(0, 0, 0, 1)
+    loss = method.loss(method.module(batch.noisy, batch.timesteps, batch.text), batch)
+    gradients = torch.autograd.grad(loss, trained)
+
+    base = BaseParts(folder / "base", CPU)
+    plain = base.encode(["a dog"] * 2, RESOLUTION).to("cpu", torch.float64)
+    subject = base.encode(["a sks dog"] * 2, RESOLUTION).to("cpu", torch.float64)
+    unet, own = method.module.unet, base.unet.double()
+    noisy, t = batch.noisy[:2], batch.timesteps[:2]
+    learned = predict(unet, noisy, t, subject) - batch.target[:2]
+    kept = predict(unet, noisy, t, plain) - predict(own, noisy, t, plain)
     expected = learned.square().mean() + WEIGHT * kept.square().mean()
-    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=0)
+    for mine, naive in zip(gradients, torch.autograd.grad(expected, trained), strict=True):
+        torch.testing.assert_close(mine, naive, rtol=1e-6, atol=1e-6 * float(naive.abs().max()))
     assert torch.equal(batch.noisy[2:], noisy)
     assert torch.equal(batch.timesteps[2:], t)
 

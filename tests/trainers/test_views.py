@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from lookalike_datasets.features.views import Cut
-from lookalike_platform.errors import CapabilityMissing
 from lookalike_platform.files import canonical_digest
 from lookalike_trainers.base_parts import BaseParts
 from lookalike_trainers.config import PriorConfig
 from lookalike_trainers.data import TrainingData
 from lookalike_trainers.method_configs import LoraConfig
+from lookalike_trainers.methods.lora import build
 from lookalike_trainers.prepare import prepare
 from lookalike_trainers.views import class_views, views_by_shape
 from support_images import encoded, picture
@@ -93,11 +93,33 @@ def test_batches_of_buckets_masks_and_crops_come_out_of_the_caches(folder: Path)
     assert prepared(folder).batch(0, 0, 0, 1).mask is None
 
 
-def test_buckets_on_sdxl_are_refused_by_name(folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("token_vectors", [0, 1])
+def test_sdxls_denoiser_is_told_each_buckets_size(
+    folder: Path, tmp_path: Path, token_vectors: int
+) -> None:
     (tmp_path / "photos").symlink_to(folder / "photos")
     save_base(tmp_path / "base", "sdxl")
-    with pytest.raises(CapabilityMissing, match="aspect_buckets on SDXL"):
-        prepared(tmp_path, aspect_buckets=True)
+    config = LoraConfig(
+        resolution=RESOLUTION, aspect_buckets=True, token_vectors=token_vectors, initializer="dog"
+    )
+    parts = BaseParts(tmp_path / "base", torch.device("cpu"))
+    if token_vectors:
+        parts.learn(config.trigger, token_vectors)
+    data, _ = prepare(run_request(tmp_path, config), config, parts, lambda message: None)
+    module = build(parts, config).module
+    told = []
+    module.unet.register_forward_pre_hook(
+        lambda _, args, kwargs: told.append(kwargs["added_cond_kwargs"]["time_ids"]),
+        with_kwargs=True,
+    )
+    shapes = set()
+    for step in range(len(SIZES)):
+        batch = data.batch(step, 0, 0, 1)
+        height, width = (side * VAE_SCALE for side in batch.noisy.shape[2:])
+        module(batch.noisy, batch.timesteps, batch.text)
+        assert told[-1].tolist() == [[height, width, 0, 0, height, width]] * len(batch.noisy)
+        shapes.add((height, width))
+    assert len(shapes) > 1
 
 
 def test_own_class_images_have_their_captions_or_the_class_prompt_and_none_are_drawn(

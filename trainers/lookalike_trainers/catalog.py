@@ -24,6 +24,7 @@ class MethodInfo(BaseModel):
     config: type[TrainingConfig]
     entry: str  # "module:function" that builds it (methods/method.py), imported by ranks only
     wear: str  # "module:function" that lets a saved adapter act, imported where torch runs
+    rows: str | None = None  # the same for single rows of a batch, where that is possible
 
 
 METHODS = [
@@ -33,6 +34,7 @@ METHODS = [
         config=LoraConfig,
         entry="lookalike_trainers.methods.lora:build",
         wear="lookalike_trainers.methods.lora:wear",
+        rows="lookalike_trainers.methods.lora:rows",
     ),
     MethodInfo(
         name="t_lora",
@@ -40,6 +42,7 @@ METHODS = [
         config=TLoraConfig,
         entry="lookalike_trainers.methods.t_lora:build",
         wear="lookalike_trainers.methods.t_lora:wear",
+        rows="lookalike_trainers.methods.t_lora:rows",
     ),
     MethodInfo(
         name="ed_lora",
@@ -47,6 +50,7 @@ METHODS = [
         config=EdLoraConfig,
         entry="lookalike_trainers.methods.ed_lora:build",
         wear="lookalike_trainers.methods.ed_lora:wear",
+        rows="lookalike_trainers.methods.ed_lora:rows",
     ),
     MethodInfo(
         name="custom_diffusion",
@@ -54,6 +58,7 @@ METHODS = [
         config=CustomDiffusionConfig,
         entry="lookalike_trainers.methods.custom_diffusion:build",
         wear="lookalike_trainers.methods.custom_diffusion:wear",
+        rows="lookalike_trainers.methods.custom_diffusion:rows",
     ),
     MethodInfo(
         name="svdiff",
@@ -75,6 +80,7 @@ METHODS = [
         config=TextualInversionConfig,
         entry="lookalike_trainers.methods.textual_inversion:build",
         wear="lookalike_trainers.methods.textual_inversion:wear",
+        rows="lookalike_trainers.methods.textual_inversion:rows",
     ),
     MethodInfo(
         name="diff_fit",
@@ -89,5 +95,9 @@ METHODS = [
         config=PerfusionConfig,
         entry="lookalike_trainers.methods.perfusion:build",
         wear="lookalike_trainers.methods.perfusion:wear",
+        rows="lookalike_trainers.methods.perfusion:rows",
     ),
 ]
+
+COMPOSITION_WEAR = "lookalike_trainers.methods.composition:wear"
+"""Merged versions (registry/compose/rules.py) are worn like any, and trained by nothing."""

@@ -73,7 +73,7 @@ class Reference:
         device = next(self.base.parameters()).device
         with torch.no_grad():
             text = self.texts[rows].to(device)
-            return self.base(noisy.to(device), timesteps.to(device), text).float().cpu()
+            return self.base(noisy.to(device), timesteps.to(device), text).to(noisy.dtype).cpu()
 
 
 @dataclass(frozen=True)

@@ -18,17 +18,17 @@ class Denoiser(nn.Module):
     With text encoders, text is ids [n, encoders, tokens]; without, a `Text`.
 
     Args:
-        resolution: side in pixels of the pictures.
+        vae_scale: pixels of a side per latent, for SDXL's UNet, which is told the pictures' size.
         bf16: autocast; weights that train stay in float32.
     """
 
     def __init__(
-        self, unet: Any, text_encoders: Sequence[Any], *, resolution: int, bf16: bool
+        self, unet: Any, text_encoders: Sequence[Any], *, vae_scale: int, bf16: bool
     ) -> None:
         super().__init__()
         self.unet = unet
         self.text_encoders = nn.ModuleList(text_encoders)
-        self.resolution = resolution
+        self.vae_scale = vae_scale
         self.bf16 = bf16
         self.train()
         if bf16:
@@ -42,9 +42,10 @@ class Denoiser(nn.Module):
         self, noisy: torch.Tensor, timesteps: torch.Tensor, text: Text | torch.Tensor
     ) -> torch.Tensor:
         with torch.autocast(noisy.device.type, torch.bfloat16, enabled=self.bf16):
+            height, width = (side * self.vae_scale for side in noisy.shape[-2:])
             if isinstance(text, torch.Tensor):
-                text = encode(list(self.text_encoders), text, self.resolution)
-            return predict(self.unet, noisy, timesteps, text)
+                text = encode(list(self.text_encoders), text, height)
+            return predict(self.unet, noisy, timesteps, text.of_size(height, width))
 
 
 def checkpoint_gradients(unet: Any, text_encoders: Sequence[Any]) -> None:

@@ -127,7 +127,7 @@ class _Reporter:
                 self.failure = message
 
     def _stage(self, stage: str) -> None:
-        if stage in ("training", "evaluating"):
+        if stage in ("training", "evaluating", "composing"):
             leases.advance(self.db, self.lease, stage)
         else:
             words = {"caching": "looking at the photos", "prior": "drawing class images"}

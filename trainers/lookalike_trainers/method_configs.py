@@ -9,6 +9,8 @@ from lookalike_trainers.config import TrainingConfig
 
 SetId = Annotated[str, Field(pattern=r"^set_[0-9a-z]{1,40}$")]
 UNET_ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+LAST_LAYERS = ("to_out.0", "ff.net.2", "conv2", "out_proj", "fc2")
+"""How the names of blocks' last layers end: the UNet's, and the text encoders'."""
 TEXT_ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj")
 TARGET_GROUPS = {
     "attention": UNET_ATTENTION,
@@ -87,6 +89,16 @@ class EdLoraConfig(TrainingConfig):
     token_learning_rate: float = Field(default=5e-3, gt=0, le=1)  # SD 1.5: 1e-3
     train_text_encoder: Literal[True] = True
     noise_offset: float = Field(default=0.01, ge=0, le=1)
+    attention_regularization: float = Field(default=0.01, ge=0, le=10)  # with masked_loss
+
+    @model_validator(mode="after")
+    def _attention_is_kept(self) -> Self:
+        if self.masked_loss and self.attention_regularization and self.gradient_checkpointing:
+            raise ValueError(
+                "gradient_checkpointing: lets go of the attention that is regularised; leave it "
+                "out, or set attention_regularization to 0"
+            )
+        return self
 
     @property
     def phrase(self) -> str:

@@ -53,7 +53,7 @@ def _batch(
     parts: BaseParts, prompt: str, seeds: Sequence[int], resolution: int, style: Style
 ) -> list[Image.Image]:
     unet, vae = parts.unet, parts.vae
-    side = resolution // 2 ** (len(vae.config.block_out_channels) - 1)
+    side = resolution // parts.vae_scale
     latents, generators = noise(seeds, unet.config.in_channels, side, side)
     latents = denoise(
         unet,

@@ -15,7 +15,6 @@ from lookalike_datasets.features.latents import Moments, moments
 from lookalike_datasets.features.prior import PriorRequest, prior_images
 from lookalike_datasets.features.text import text_features
 from lookalike_platform.conditioning import Text
-from lookalike_platform.errors import CapabilityMissing
 from lookalike_platform.files import canonical_digest
 from lookalike_trainers.base_parts import BaseParts
 from lookalike_trainers.config import TrainingConfig
@@ -36,10 +35,7 @@ def prepare(
     """The run's data, and the digest of its prior images if it has any.
 
     Autoencoder and text encoders are let go afterwards: the steps do not need them.
-
-    Raises CapabilityMissing for a combination of base and options that is not supported.
     """
-    _check(config, parts)
     say({"type": "stage", "stage": "caching"})
     photos = views_by_shape(request, config, _multiple(parts))
     of_class = _class_images(request, config, parts, say)
@@ -183,23 +179,15 @@ def _reference(
     """A base beside the one that the method will change, where its output is preserved."""
     if not config.output_preservation:
         return None
-    assert config.resolution is not None
     bf16 = config.mixed_precision == "bf16"
-    base = Denoiser(parts.take("unet"), [], resolution=config.resolution, bf16=bf16)
+    base = Denoiser(parts.take_frozen_unet(bf16=bf16), [], vae_scale=parts.vae_scale, bf16=bf16)
     return Reference(base, _features(prompts, request, config, parts))
-
-
-def _check(config: TrainingConfig, parts: BaseParts) -> None:
-    if config.aspect_buckets and len(parts.tokenizers) > 1:
-        raise CapabilityMissing(
-            "aspect_buckets on SDXL, whose denoiser is told one size for a run: leave it out"
-        )
 
 
 def _multiple(parts: BaseParts) -> int:
     """Pixels of a side per latent that the denoiser has halved as often as it does."""
-    levels = [_component(parts, part)["block_out_channels"] for part in ("vae", "unet")]
-    return int(2 ** sum(len(channels) - 1 for channels in levels))
+    halvings = len(_component(parts, "unet")["block_out_channels"]) - 1
+    return parts.vae_scale * 2**halvings
 
 
 def _component(parts: BaseParts, name: str) -> dict[str, Any]:

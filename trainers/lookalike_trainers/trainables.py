@@ -7,6 +7,7 @@ from typing import NamedTuple
 from lookalike_platform.errors import CapabilityMissing, FieldProblem, InvalidRequest
 from lookalike_trainers.config import TrainingConfig
 from lookalike_trainers.method_configs import (
+    LAST_LAYERS,
     TARGET_GROUPS,
     TEXT_ATTENTION,
     UNET_ATTENTION,
@@ -24,8 +25,6 @@ from lookalike_trainers.method_configs import (
 
 Shapes = Mapping[str, tuple[int, ...]]
 """Of parameters by `<part>.<name>`, as tensor_file.parameter_shapes gives them."""
-
-BLOCKS_ENDS = ("to_out.0", "ff.net.2", "conv2", "out_proj", "fc2")
 
 
 class Count(NamedTuple):
@@ -152,6 +151,6 @@ def _diff_fit(shapes: Shapes) -> int:
     scales = [
         length
         for name, length in vectors.items()
-        if name.endswith(".bias") and ends_in(name.removesuffix(".bias"), BLOCKS_ENDS)
+        if name.endswith(".bias") and ends_in(name.removesuffix(".bias"), LAST_LAYERS)
     ]
     return sum(vectors.values()) + sum(scales)

@@ -60,7 +60,7 @@ class Validation:
         assert data.validation is not None
         assert self.config.resolution is not None
         vae = self.parts.vae.config
-        side = self.config.resolution // 2 ** (len(vae.block_out_channels) - 1)
+        side = self.config.resolution // self.parts.vae_scale
         latents, generators = noise([seed], vae.latent_channels, side, side)
         text = data.texts[[0, data.validation]].to(device)
         told = Text(torch.empty(1))  # the stand-in below knows its texts

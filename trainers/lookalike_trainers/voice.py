@@ -3,10 +3,40 @@
 import json
 import os
 import sys
+import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NoReturn
 
+from lookalike_platform.errors import LookalikeError
+from lookalike_platform.process import die_with_parent
+
 Say = Callable[[dict[str, Any]], None]
+
+
+class Stopped(Exception):
+    """The worker asked for it."""
+
+
+def carry_out(run: Callable[[Path, Say], None]) -> NoReturn:
+    """A process that does one job: `run` the folder named on the command line, say how it ended."""
+    die_with_parent()
+    say = speaker()
+    try:
+        run(Path(sys.argv[1]), say)
+    except Stopped:
+        say({"type": "done", "outcome": "stopped"})
+        leave(0)
+    except LookalikeError as error:
+        say({"type": "error", "problem": error.problem()})
+        traceback.print_exc()
+        leave(3)
+    except Exception as error:
+        say({"type": "crash", "detail": f"{type(error).__name__}: {error}"})
+        traceback.print_exc()
+        leave(1)
+    say({"type": "done", "outcome": "complete"})
+    leave(0)
 
 
 def speaker(*, aloud: bool = True) -> Say:

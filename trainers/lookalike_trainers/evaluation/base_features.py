@@ -19,7 +19,6 @@ too weak to rank methods by small differences. An operator who wants that names 
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from PIL import Image
@@ -92,9 +91,7 @@ class BaseFeatures:
 
 def resolution(parts: BaseParts) -> int:
     """Pixels of a side, as the base was trained."""
-    scale: int = 2 ** (len(parts.vae.config.block_out_channels) - 1)
-    side: Any = parts.unet.config.sample_size
-    return int(side) * scale
+    return int(parts.unet.config.sample_size) * parts.vae_scale
 
 
 def picture_latents(parts: BaseParts, images: Sequence[Image.Image]) -> torch.Tensor:

@@ -4,40 +4,12 @@ It says on standard output, in JSON lines, what happens, and leaves `result.json
 """
 
 import json
-import sys
-import traceback
 from pathlib import Path
 
-from lookalike_platform.errors import LookalikeError
 from lookalike_platform.files import atomic_write
-from lookalike_platform.process import die_with_parent
 from lookalike_trainers.evaluation.request import EvaluationRequest
 from lookalike_trainers.launcher import STOP_FILE
-from lookalike_trainers.voice import Say, leave, speaker
-
-
-class Stopped(Exception):
-    """The worker asked for it."""
-
-
-def main() -> None:
-    die_with_parent()
-    say = speaker()
-    try:
-        run(Path(sys.argv[1]), say)
-    except Stopped:
-        say({"type": "done", "outcome": "stopped"})
-        leave(0)
-    except LookalikeError as error:
-        say({"type": "error", "problem": error.problem()})
-        traceback.print_exc()
-        leave(3)
-    except Exception as error:
-        say({"type": "crash", "detail": f"{type(error).__name__}: {error}"})
-        traceback.print_exc()
-        leave(1)
-    say({"type": "done", "outcome": "complete"})
-    leave(0)
+from lookalike_trainers.voice import Say, Stopped, carry_out
 
 
 def run(folder: Path, say: Say) -> None:
@@ -69,4 +41,4 @@ def run(folder: Path, say: Say) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    carry_out(run)

@@ -9,6 +9,8 @@ the published code. V* starts from a rare word, and stands before the class noun
 may be learned at once: one V* each, one W^k and W^v for all, photos in any order (section 3.2).
 """
 
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +23,17 @@ from lookalike_trainers.config import TrainingConfig
 from lookalike_trainers.data import Batch
 from lookalike_trainers.denoiser import Denoiser, checkpoint_gradients
 from lookalike_trainers.method_configs import CustomDiffusionConfig
+from lookalike_trainers.methods.deltas import PREFIX as DELTA
 from lookalike_trainers.methods.deltas import differences, wear_deltas
+from lookalike_trainers.methods.groups import parameter_groups
 from lookalike_trainers.methods.method import Card, TakeOff, Wearer
-from lookalike_trainers.methods.tokens import learn_rows, saved_rows, wear_words
+from lookalike_trainers.methods.row_adapter import Dense, RowAdapter
+from lookalike_trainers.methods.tokens import (
+    learn_rows,
+    learned_rows,
+    saved_rows,
+    wear_words,
+)
 from lookalike_trainers.objective import weighted_mse
 
 NAME = "custom_diffusion"
@@ -33,7 +43,6 @@ class CustomDiffusion:
     """The method, holding a base's UNet with its text projections thawed."""
 
     def __init__(self, parts: Any, config: CustomDiffusionConfig) -> None:
-        assert config.resolution is not None
         self.config = config
         unet = parts.take("unet")
         text_encoders = parts.take("text_encoders") if config.reads_ids else []
@@ -52,18 +61,13 @@ class CustomDiffusion:
         self.module = Denoiser(
             unet,
             text_encoders,
-            resolution=config.resolution,
+            vae_scale=parts.vae_scale,
             bf16=config.mixed_precision == "bf16",
         )
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        groups = [{"params": list(self.weights.values()), "lr": self.config.learning_rate}]
-        rows = [layer.rows for layers in self.words for layer in layers]
-        if rows:
-            groups.append(
-                {"params": rows, "lr": self.config.token_learning_rate, "weight_decay": 0.0}
-            )
-        return groups
+        words = [layer for layers in self.words for layer in layers]
+        return parameter_groups(self.config, unet=self.weights.values(), words=words)
 
     def loss(self, prediction: torch.Tensor, batch: Batch) -> torch.Tensor:
         return weighted_mse(prediction, batch.target, batch.weight, batch.mask)
@@ -88,11 +92,51 @@ def wear(wearer: Wearer, file: Path, scale: float, word: str) -> TakeOff:
     from safetensors.torch import load_file
 
     tensors = load_file(file)
-    count = adapter_info(read_header(file), file.name).config["subjects"]
-    rows = {key: tensor for key, tensor in tensors.items() if key.startswith("tokens.")}
-    undo = [wear_deltas(wearer, tensors, scale)]
-    for place in range(count):
-        own = {key: tensor.chunk(count)[place] for key, tensor in rows.items()}
+    without_deltas = wear_deltas(wearer, tensors, scale)
+    without_words = _wear_text(wearer, tensors, scale, word, subjects=_subjects(file))
+
+    def take_off() -> None:
+        without_words()
+        without_deltas()
+
+    return take_off
+
+
+def rows(wearer: Wearer, file: Path) -> RowAdapter | None:
+    """None for a file that changes more than K and V."""
+    from safetensors.torch import load_file
+
+    tensors = load_file(file)
+    deltas = {
+        key.removeprefix(f"{DELTA}unet.").removesuffix(".weight"): tensor
+        for key, tensor in tensors.items()
+        if key.startswith(DELTA)
+    }
+    if not deltas.keys() <= projections(wearer.unet).keys():
+        return None
+    return RowAdapter(
+        learned_rows(tensors),
+        partial(_wear_text, subjects=_subjects(file)),
+        answers={name: Dense(delta) for name, delta in deltas.items()},
+    )
+
+
+def _subjects(file: Path) -> int:
+    return int(adapter_info(read_header(file), file.name).config["subjects"])
+
+
+def _wear_text(
+    wearer: Wearer,
+    text: Mapping[str, torch.Tensor],
+    scale: float,
+    word: str,
+    subjects: int,
+) -> TakeOff:
+    """Each subject's share of the rows, for its own word."""
+    words = learned_rows(text)
+    undo = []
+    for place in range(subjects):
+        own = {key: tensor.chunk(subjects)[place] for key, tensor in words.items()}
         undo.append(wear_words(wearer, own, nth_word(word, place + 1)))
 
     def take_off() -> None:

@@ -21,7 +21,7 @@ from lookalike_trainers.base_parts import BaseParts
 from lookalike_trainers.config import TrainingConfig
 from lookalike_trainers.data import Batch
 from lookalike_trainers.denoiser import Denoiser, checkpoint_gradients, trainable
-from lookalike_trainers.method_configs import DiffFitConfig, ends_in
+from lookalike_trainers.method_configs import LAST_LAYERS, DiffFitConfig, ends_in
 from lookalike_trainers.methods.deltas import PREFIX as DELTA
 from lookalike_trainers.methods.deltas import (
     differences,
@@ -31,21 +31,19 @@ from lookalike_trainers.methods.deltas import (
     wear_deltas,
 )
 from lookalike_trainers.methods.dreambooth import thaw
+from lookalike_trainers.methods.groups import parameter_groups
 from lookalike_trainers.methods.method import Card, TakeOff, Wearer
 from lookalike_trainers.methods.tokens import TokenRows, learn_rows, saved_rows, wear_words
 from lookalike_trainers.objective import weighted_mse
 
 NAME = "diff_fit"
 PREFIX = f"{NAME}."
-LAST_LAYERS = ("to_out.0", "ff.net.2", "conv2", "out_proj", "fc2")
-"""How the names of blocks' last layers end: the UNet's, and the text encoders'."""
 
 
 class DiffFit:
     """The method, holding a base with its knobs thawed."""
 
     def __init__(self, parts: Any, config: DiffFitConfig) -> None:
-        assert config.resolution is not None
         self.config = config
         unet = parts.take("unet").requires_grad_(True)
         text_encoders = parts.take("text_encoders") if config.reads_ids else []
@@ -78,21 +76,21 @@ class DiffFit:
         self.module = Denoiser(
             unet,
             text_encoders,
-            resolution=config.resolution,
+            vae_scale=parts.vae_scale,
             bf16=config.mixed_precision == "bf16",
         )
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Without weight decay: it would pull norms and gamma to zero, not to the base."""
-        rows = [layer.rows for layer in self.rows]
-        learned = {id(row) for row in rows}
-        text = [p for p in trainable(self.module.text_encoders) if id(p) not in learned]
-        groups: list[dict[str, Any]] = [
-            {"params": trainable(self.module.unet), "lr": self.config.learning_rate},
-            {"params": text, "lr": self.config.text_encoder_learning_rate},
-            {"params": rows, "lr": self.config.token_learning_rate},
-        ]
-        return [group | {"weight_decay": 0.0} for group in groups if group["params"]]
+        rows = {id(word.rows) for word in self.rows}
+        text = [p for p in trainable(self.module.text_encoders) if id(p) not in rows]
+        return parameter_groups(
+            self.config,
+            unet=trainable(self.module.unet),
+            text=text,
+            words=self.rows,
+            decay=False,
+        )
 
     def loss(self, prediction: torch.Tensor, batch: Batch) -> torch.Tensor:
         return weighted_mse(prediction, batch.target, batch.weight, batch.mask)

@@ -24,6 +24,7 @@ from lookalike_trainers.data import Batch
 from lookalike_trainers.denoiser import Denoiser, checkpoint_gradients, trainable
 from lookalike_trainers.method_configs import DreamBoothConfig
 from lookalike_trainers.methods.deltas import differences, named, parts_of, wear_deltas
+from lookalike_trainers.methods.groups import parameter_groups
 from lookalike_trainers.methods.method import Card, TakeOff, Wearer
 from lookalike_trainers.objective import weighted_mse
 
@@ -34,7 +35,6 @@ class DreamBooth:
     """The method, holding a base's UNet, and its text encoders where they train, thawed."""
 
     def __init__(self, parts: Any, config: DreamBoothConfig) -> None:
-        assert config.resolution is not None
         self.config = config
         self.base_folder: Path = parts.folder
         unet = parts.take("unet").requires_grad_(True)
@@ -45,16 +45,13 @@ class DreamBooth:
         self.module = Denoiser(
             unet,
             text_encoders,
-            resolution=config.resolution,
+            vae_scale=parts.vae_scale,
             bf16=config.mixed_precision == "bf16",
         )
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        groups = [{"params": trainable(self.module.unet), "lr": self.config.learning_rate}]
         text = trainable(self.module.text_encoders)
-        if text:
-            groups.append({"params": text, "lr": self.config.text_encoder_learning_rate})
-        return groups
+        return parameter_groups(self.config, unet=trainable(self.module.unet), text=text)
 
     def loss(self, prediction: torch.Tensor, batch: Batch) -> torch.Tensor:
         return weighted_mse(prediction, batch.target, batch.weight, batch.mask)

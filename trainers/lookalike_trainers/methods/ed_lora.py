@@ -9,12 +9,16 @@ V_rand begins at N(0, 0.013^2), V_class at the class noun; they call the subject
 the noun. Concepts that live in their words get less in each other's way when they are merged.
 There are no class images; the noise has an offset (`noise_offset`).
 
-The paper's loss counts the photo within a mask: that is `masked_loss`, for photos with a
-transparent background. Its other use of masks, 0.01 times the attention that the two tokens pay to
-the outside of it, is not here.
+Of photos whose background is transparent (`masked_loss`) only the subject counts, and the two
+tokens are kept from looking elsewhere,
+
+    loss + 0.01 sum over sizes and tokens of mean(A / max A outside the mask)
+
+A being a token's cross-attention (`attention_maps.py`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -32,13 +36,17 @@ from lookalike_trainers.config import TrainingConfig
 from lookalike_trainers.data import Batch
 from lookalike_trainers.denoiser import Denoiser, checkpoint_gradients
 from lookalike_trainers.method_configs import UNET_ATTENTION, EdLoraConfig
+from lookalike_trainers.methods.attention_maps import AttentionMaps, attention_outside
 from lookalike_trainers.methods.deltas import part_name
-from lookalike_trainers.methods.lora import insert, state, text_targets
+from lookalike_trainers.methods.lora import insert, product_groups, state, text_targets
 from lookalike_trainers.methods.method import Card, TakeOff, Wearer
 from lookalike_trainers.methods.products import wear_products
+from lookalike_trainers.methods.row_adapter import RowAdapter, of_text, of_unet
+from lookalike_trainers.methods.text_by_layer import cross_attention, take_own_text
 from lookalike_trainers.methods.tokens import (
     TokenRows,
     add_rows,
+    learned_rows,
     saved_rows,
     wear_words,
     word_rows,
@@ -53,9 +61,9 @@ class EdLora:
     """The method, holding a base with adapters in it and a word for each of its layers."""
 
     def __init__(self, parts: Any, config: EdLoraConfig) -> None:
-        assert config.resolution is not None
         self.config = config
-        unet, text_encoders = parts.take("unet"), parts.take("text_encoders")
+        bf16 = config.mixed_precision == "bf16"
+        unet, text_encoders = parts.take_frozen_unet(bf16=bf16), parts.take("text_encoders")
         names = [part_name(place) for place in range(len(text_encoders))]
         self.adapted = {"unet": unet, **dict(zip(names, text_encoders, strict=True))}
         targets = [UNET_ATTENTION, *text_targets(text_encoders)]
@@ -70,31 +78,32 @@ class EdLora:
             _learn(encoder, tokenizer, config, self.layers)
             for encoder, tokenizer in zip(text_encoders, parts.tokenizers, strict=True)
         ]
-        read_by_layer(unet, text_encoders)
+        take_own_text(unet)
+        read_by_layer(text_encoders, self.layers)
+        self.maps: AttentionMaps | None = None
+        if config.masked_loss and config.attention_regularization:
+            self.maps = AttentionMaps(unet, cross_attention(unet))
         if config.gradient_checkpointing:
             checkpoint_gradients(unet, text_encoders)
         self.module = Denoiser(
             unet,
             text_encoders,
-            resolution=config.resolution,
-            bf16=config.mixed_precision == "bf16",
+            vae_scale=parts.vae_scale,
+            bf16=bf16,
         )
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        rate, text_rate = self.config.learning_rate, self.config.text_encoder_learning_rate
-        groups: list[dict[str, Any]] = [
-            {
-                "params": [p for name, p in model.named_parameters() if ".lora_" in name],
-                "lr": rate if part == "unet" else text_rate,
-            }
-            for part, model in self.adapted.items()
-        ]
-        rows = [layer.rows for layer in self.rows]
-        groups.append({"params": rows, "lr": self.config.token_learning_rate, "weight_decay": 0.0})
-        return groups
+        return product_groups(self.config, self.adapted, self.rows)
 
     def loss(self, prediction: torch.Tensor, batch: Batch) -> torch.Tensor:
-        return weighted_mse(prediction, batch.target, batch.weight, batch.mask)
+        loss = weighted_mse(prediction, batch.target, batch.weight, batch.mask)
+        if self.maps is None or batch.mask is None:
+            return loss
+        assert isinstance(batch.text, torch.Tensor)
+        words = self.rows[0]
+        tokens = range(words.first, words.first + words.count)
+        outside = attention_outside(self.maps.take(), batch.text[:, 0], tokens, batch.mask)
+        return loss + self.config.attention_regularization * outside
 
     def save(self, folder: Path, card: Card) -> Path:
         """The rows are [2 L, width]: V_rand's of each layer, then V_class's."""
@@ -115,6 +124,22 @@ def wear(wearer: Wearer, file: Path, scale: float, word: str) -> TakeOff:
 
     Raises InvalidRequest if the base has another number of cross-attention layers.
     """
+    adapter = rows(wearer, file)
+    without_text = adapter.wear_text(wearer, adapter.text, scale, word)
+    without_layers = take_own_text(wearer.unet)
+    products = {f"unet.{name}": product for name, product in adapter.products.items()}
+    without_products = wear_products(wearer, products, scale)
+
+    def take_off() -> None:
+        without_products()
+        without_layers()
+        without_text()
+
+    return take_off
+
+
+def rows(wearer: Wearer, file: Path) -> RowAdapter:
+    """Raises InvalidRequest if the base has another number of cross-attention layers."""
     from safetensors.torch import load_file
 
     tensors = load_file(file)
@@ -125,9 +150,20 @@ def wear(wearer: Wearer, file: Path, scale: float, word: str) -> TakeOff:
             f"{file.name} has words for {layers} cross-attention layers, the base {found}: it was "
             "trained on another one."
         )
-    without_word = wear_words(wearer, tensors, word, layers)
-    without_layers = read_by_layer(wearer.unet, wearer.text_encoders)
-    without_products = wear_products(wearer, loaded_products(tensors), scale)
+    products = loaded_products(tensors)
+    return RowAdapter(
+        saved_products(of_text(products)) | learned_rows(tensors),
+        partial(_wear_text, layers=layers),
+        products=of_unet(products),
+    )
+
+
+def _wear_text(
+    wearer: Wearer, text: Mapping[str, torch.Tensor], scale: float, word: str, layers: int
+) -> TakeOff:
+    without_word = wear_words(wearer, text, word, layers)
+    without_layers = read_by_layer(wearer.text_encoders, layers)
+    without_products = wear_products(wearer, loaded_products(text), scale)
 
     def take_off() -> None:
         without_products()
@@ -137,28 +173,12 @@ def wear(wearer: Wearer, file: Path, scale: float, word: str) -> TakeOff:
     return take_off
 
 
-def cross_attention(unet: nn.Module) -> list[Any]:
-    """The UNet's L cross-attention layers, in the order of their names."""
-    named = {name: module for name, module in unet.named_modules() if name.endswith(".attn2")}
-    return [named[name] for name in sorted(named)]
-
-
-def read_by_layer(unet: nn.Module, encoders: Sequence[Any]) -> TakeOff:
-    """Let encoders read each prompt once for each cross-attention layer, which takes its own.
-
-    Text features are [n, L, tokens, width] then, and pass through the UNet as they are.
-    """
-    layers = cross_attention(unet)
-    handles = [
-        layer.register_forward_pre_hook(_takes(place), with_kwargs=True)
-        for place, layer in enumerate(layers)
-    ]
+def read_by_layer(encoders: Sequence[Any], layers: int) -> TakeOff:
+    """Let encoders read each prompt once for each of the UNet's cross-attention layers."""
     for encoder in encoders:
-        _repeat(encoder, len(layers))
+        _repeat(encoder, layers)
 
     def take_off() -> None:
-        for handle in handles:
-            handle.remove()
         for encoder in encoders:
             _repeat_no_more(encoder)
 
@@ -197,18 +217,6 @@ def _repeat_no_more(encoder: nn.Module) -> None:
         return
     for hook in hooks:
         hook.remove()
-
-
-def _takes(place: int) -> Any:
-    def before(
-        _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        text = kwargs["encoder_hidden_states"]
-        if text.dim() == 4:
-            kwargs = {**kwargs, "encoder_hidden_states": text[:, place]}
-        return args, kwargs
-
-    return before
 
 
 def _learn(encoder: Any, tokenizer: Any, config: EdLoraConfig, layers: int) -> TokenRows:

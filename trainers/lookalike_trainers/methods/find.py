@@ -4,8 +4,10 @@ from importlib import import_module
 from typing import Any
 
 from lookalike_platform.errors import InvalidRequest
-from lookalike_trainers.catalog import METHODS, MethodInfo
+from lookalike_registry.compose.rules import COMPOSITION
+from lookalike_trainers.catalog import COMPOSITION_WEAR, METHODS, MethodInfo
 from lookalike_trainers.methods.method import Builder, Wear
+from lookalike_trainers.methods.row_adapter import Rows
 
 
 def builder_of(method: str) -> Builder:
@@ -16,8 +18,14 @@ def builder_of(method: str) -> Builder:
 
 def wear_of(method: str) -> Wear:
     """What lets its adapters act. Raises InvalidRequest if there is none of this name."""
-    wear: Wear = _load(_info(method).wear)
+    wear: Wear = _load(COMPOSITION_WEAR if method == COMPOSITION else _info(method).wear)
     return wear
+
+
+def rows_of(method: str) -> Rows | None:
+    """What lets its adapters act on single rows; None if they must be worn as a whole."""
+    entry = None if method == COMPOSITION else _info(method).rows
+    return _load(entry) if entry else None
 
 
 def _info(method: str) -> MethodInfo:

@@ -12,7 +12,7 @@ rows for the trigger (`token_vectors`) it is pivotal tuning (Roich et al. 2022; 
 github.com/cloneofsimo/lora), trained together.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +21,31 @@ from torch import nn
 
 from lookalike_platform.errors import FieldProblem, InvalidRequest
 from lookalike_registry.adapter_file import WEIGHTS_NAME, LoraCard, LoraShape, save_lora
-from lookalike_registry.products import from_peft, loaded_products, read_lora, saved_products
+from lookalike_registry.products import (
+    Product,
+    from_peft,
+    loaded_products,
+    read_lora,
+    saved_products,
+)
 from lookalike_registry.safetensors_header import read_header
 from lookalike_registry.tensor_file import ADAPTER_NAME, METHOD_KEY, save_tensors
 from lookalike_trainers.config import TrainingConfig
 from lookalike_trainers.data import Batch
-from lookalike_trainers.denoiser import Denoiser, checkpoint_gradients
+from lookalike_trainers.denoiser import Denoiser, checkpoint_gradients, trainable
 from lookalike_trainers.method_configs import TEXT_ATTENTION, LoraConfig, ends_in, in_group
 from lookalike_trainers.methods.deltas import part_name
+from lookalike_trainers.methods.groups import parameter_groups
 from lookalike_trainers.methods.method import Card, TakeOff, Wearer
 from lookalike_trainers.methods.products import own_layers, wear_products
-from lookalike_trainers.methods.tokens import TokenRows, learn_rows, saved_rows, wear_words
+from lookalike_trainers.methods.row_adapter import RowAdapter, of_text, of_unet
+from lookalike_trainers.methods.tokens import (
+    TokenRows,
+    learn_rows,
+    learned_rows,
+    saved_rows,
+    wear_words,
+)
 from lookalike_trainers.objective import weighted_mse
 
 NAME = "lora"
@@ -41,9 +55,10 @@ class Lora:
     """The method, holding a base's UNet with adapters in it."""
 
     def __init__(self, parts: Any, config: LoraConfig) -> None:
-        assert config.resolution is not None
         self.config = config
-        unet = parts.take("unet")
+        bf16 = config.mixed_precision == "bf16"
+        # DoRA measures the rows of W, and does it exactly.
+        unet = parts.take_frozen_unet(bf16=bf16 and not config.dora)
         text_encoders = parts.take("text_encoders") if config.reads_ids else []
         check_names(config, unet, text_encoders)
         self.adapted = {"unet": unet}
@@ -64,24 +79,12 @@ class Lora:
         self.module = Denoiser(
             unet,
             text_encoders,
-            resolution=config.resolution,
-            bf16=config.mixed_precision == "bf16",
+            vae_scale=parts.vae_scale,
+            bf16=bf16,
         )
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        rates = {"unet": self.config.learning_rate}
-        groups: list[dict[str, Any]] = [
-            {
-                "params": [p for name, p in model.named_parameters() if ".lora_" in name],
-                "lr": rates.get(part, self.config.text_encoder_learning_rate),
-            }
-            for part, model in self.adapted.items()
-        ]
-        if self.rows:
-            rows = [layer.rows for layer in self.rows]
-            rate = self.config.token_learning_rate
-            groups.append({"params": rows, "lr": rate, "weight_decay": 0.0})
-        return groups
+        return product_groups(self.config, self.adapted, self.rows)
 
     def loss(self, prediction: torch.Tensor, batch: Batch) -> torch.Tensor:
         return weighted_mse(prediction, batch.target, batch.weight, batch.mask)
@@ -106,12 +109,42 @@ def build(parts: Any, config: TrainingConfig) -> Lora:
 
 def wear(wearer: Wearer, file: Path, scale: float, word: str) -> TakeOff:
     """W + scale (W' - W) wherever the file has a W'; learned rows know no scale."""
+    products, words = _read(file)
+    return _put_on(wearer, words, products, scale, word)
+
+
+def rows(wearer: Wearer, file: Path) -> RowAdapter | None:
+    """None for a DoRA: its gain is on the whole of W + B A."""
+    products, words = _read(file)
+    if any(product.magnitude is not None for product in products.values()):
+        return None
+    text = saved_products(of_text(products)) | words
+    return RowAdapter(text, wear_text, products=of_unet(products))
+
+
+def wear_text(wearer: Wearer, text: Mapping[str, torch.Tensor], scale: float, word: str) -> TakeOff:
+    """Products and learned rows among an adapter's tensors act on the text encoders."""
+    return _put_on(wearer, text, loaded_products(text), scale, word)
+
+
+def _read(file: Path) -> tuple[dict[str, Product], dict[str, torch.Tensor]]:
+    """A file's products and its learned rows."""
     from safetensors.torch import load_file
 
+    if METHOD_KEY not in read_header(file).metadata:
+        return read_lora(file), {}
     tensors = load_file(file)
-    ours = METHOD_KEY in read_header(file).metadata
-    products = loaded_products(tensors) if ours else read_lora(file)
-    without_word = wear_words(wearer, tensors, word)
+    return loaded_products(tensors), learned_rows(tensors)
+
+
+def _put_on(
+    wearer: Wearer,
+    words: Mapping[str, torch.Tensor],
+    products: Mapping[str, Product],
+    scale: float,
+    word: str,
+) -> TakeOff:
+    without_word = wear_words(wearer, words, word)
     without_products = wear_products(wearer, products, scale)
 
     def take_off() -> None:
@@ -165,6 +198,21 @@ def insert(model: nn.Module, shape: LoraShape) -> None:
 
     model.requires_grad_(False)
     peft.inject_adapter_in_model(peft.LoraConfig(**shape.peft(), init_lora_weights=True), model)
+    for parameter in trainable(model):
+        parameter.data = parameter.data.float()  # PEFT gives them the type of their layer
+
+
+def product_groups(
+    config: TrainingConfig, adapted: dict[str, Any], words: Sequence[TokenRows]
+) -> list[dict[str, Any]]:
+    """What PEFT put into the models, by part, and learned words, with their learning rates."""
+    products = {
+        part: [p for name, p in model.named_parameters() if ".lora_" in name]
+        for part, model in adapted.items()
+    }
+    unet = products.pop("unet")
+    text = [p for part in products.values() for p in part]
+    return parameter_groups(config, unet=unet, text=text, words=words)
 
 
 def state(model: nn.Module) -> dict[str, torch.Tensor]:

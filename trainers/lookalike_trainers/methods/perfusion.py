@@ -17,6 +17,7 @@ concepts add up their terms.
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,8 +35,15 @@ from lookalike_trainers.denoiser import Denoiser, checkpoint_gradients
 from lookalike_trainers.method_configs import PerfusionConfig
 from lookalike_trainers.methods.covariance import precision
 from lookalike_trainers.methods.custom_diffusion import projections
+from lookalike_trainers.methods.groups import parameter_groups
 from lookalike_trainers.methods.method import Card, TakeOff, Wearer
-from lookalike_trainers.methods.tokens import learn_rows, saved_rows, wear_words
+from lookalike_trainers.methods.row_adapter import Answer, RowAdapter
+from lookalike_trainers.methods.tokens import (
+    learn_rows,
+    learned_rows,
+    saved_rows,
+    wear_only_words,
+)
 from lookalike_trainers.objective import weighted_mse
 
 NAME = "perfusion"
@@ -61,7 +69,7 @@ class Perfusion:
             problem = FieldProblem("config.prompt", f"{config.trigger} comes too late in it")
             raise InvalidRequest("The text encoder never reads the word to be learned.", [problem])
         concept = Concept(ids, int(places[0]), metric.float())
-        concept.start(text_encoders, config.resolution)
+        concept.start(text_encoders)
         self.layers = projections(unet)
         for name, layer in self.layers.items():
             answer = F.linear(concept.encoding, layer.weight)
@@ -75,7 +83,7 @@ class Perfusion:
         self.module = Denoiser(
             unet,
             text_encoders,
-            resolution=config.resolution,
+            vae_scale=parts.vae_scale,
             bf16=config.mixed_precision == "bf16",
         )
         self.module.concept = concept
@@ -85,11 +93,7 @@ class Perfusion:
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Without weight decay: zero is no answer to go back to."""
         answers = [layer.answer for name, layer in self.layers.items() if name.endswith("to_v")]
-        rows = [layer.rows for layer in self.rows]
-        return [
-            {"params": answers, "lr": self.config.learning_rate, "weight_decay": 0.0},
-            {"params": rows, "lr": self.config.token_learning_rate, "weight_decay": 0.0},
-        ]
+        return parameter_groups(self.config, unet=answers, words=self.rows, decay=False)
 
     def loss(self, prediction: torch.Tensor, batch: Batch) -> torch.Tensor:
         return weighted_mse(prediction, batch.target, batch.weight, batch.mask)
@@ -132,13 +136,13 @@ class Concept(nn.Module):
         self.register_buffer("encoding", metric.new_zeros(len(metric)))
         self.register_buffer("seen", metric.new_zeros(len(metric)), persistent=False)
 
-    def start(self, text_encoders: Any, resolution: int) -> None:
-        self.seen.copy_(self._encode(text_encoders, resolution))
+    def start(self, text_encoders: Any) -> None:
+        self.seen.copy_(self._encode(text_encoders))
         self.encoding.copy_(self.seen)
 
-    def follow(self, text_encoders: Any, resolution: int) -> None:
+    def follow(self, text_encoders: Any) -> None:
         """One move of the average, if the row has moved since the last: once an optimiser step."""
-        now = self._encode(text_encoders, resolution)
+        now = self._encode(text_encoders)
         if not torch.equal(now, self.seen):
             self.seen.copy_(now)
             self.encoding.lerp_(now, 1 - DECAY)
@@ -148,8 +152,9 @@ class Concept(nn.Module):
         return (self.metric * self.encoding).sum(-1)
 
     @torch.no_grad()
-    def _encode(self, text_encoders: Any, resolution: int) -> torch.Tensor:
-        features = encode(list(text_encoders), self.ids, resolution).features
+    def _encode(self, text_encoders: Any) -> torch.Tensor:
+        any_size = 0  # features do not depend on it
+        features = encode(list(text_encoders), self.ids, any_size).features
         return features[0, self.place].to(self.encoding.dtype)
 
 
@@ -179,41 +184,67 @@ def wear(wearer: Wearer, file: Path, scale: float, word: str) -> TakeOff:
 
     Raises InvalidRequest if the file's answers do not belong to layers of this base.
     """
-    from safetensors.torch import load_file
-
-    tensors = load_file(file)
-    layers = projections(wearer.unet)
-    _check(tensors, layers)
-    without_word = wear_words(wearer, tensors, word)
-    hooks = [
-        layer.register_forward_hook(
-            partial(
-                _answer_worn,
-                scale=scale,
-                **{
-                    argument: tensors[f"{PREFIX}{key}"].to(layer.weight.device)
-                    for argument, key in (
-                        ("answer", f"unet.{name}"),
-                        ("encoding", "encoding"),
-                        ("direction", "direction"),
-                    )
-                },
-            )
-        )
-        for name, layer in layers.items()
-    ]
+    adapter = rows(wearer, file).to(wearer.unet.device, wearer.unet.dtype)
+    without_word = adapter.wear_text(wearer, adapter.text, scale, word)
+    without_gates = wear_gates(wearer, adapter.answers, scale)
 
     def take_off() -> None:
-        for hook in hooks:
-            hook.remove()
+        without_gates()
         without_word()
 
     return take_off
 
 
+def wear_gates(wearer: Wearer, gates: Mapping[str, Answer], scale: float) -> TakeOff:
+    """The edit alone, by the names of layers; its tensors are where the UNet is."""
+    layers = projections(wearer.unet)
+    hooks = [
+        layers[name].register_forward_hook(partial(_answer_worn, scale=scale, answer=gate))
+        for name, gate in gates.items()
+    ]
+
+    def take_off() -> None:
+        for hook in hooks:
+            hook.remove()
+
+    return take_off
+
+
+@dataclass(frozen=True)
+class Gated:
+    """One layer's edit, as an adapter has it; its fields are arguments of `edit`."""
+
+    answer: torch.Tensor
+    encoding: torch.Tensor
+    direction: torch.Tensor
+
+    def __call__(self, layer: Any, e: torch.Tensor) -> torch.Tensor:
+        base_answer = F.linear(self.encoding.to(layer.weight.dtype), layer.weight)
+        return edit(e, self.answer, base_answer, self.encoding, self.direction, GATE)
+
+
+def rows(wearer: Wearer, file: Path) -> RowAdapter:
+    """Raises InvalidRequest if the file's answers do not belong to layers of this base."""
+    from safetensors.torch import load_file
+
+    tensors = load_file(file)
+    return RowAdapter(learned_rows(tensors), wear_only_words, answers=gates_of(wearer, tensors))
+
+
+def gates_of(wearer: Wearer, tensors: Mapping[str, torch.Tensor]) -> dict[str, Gated]:
+    """The edits of a file's tensors by the names of layers.
+
+    Raises InvalidRequest if the answers do not belong to layers of this base.
+    """
+    layers = projections(wearer.unet)
+    _check(tensors, layers)
+    encoding, direction = tensors[f"{PREFIX}encoding"], tensors[f"{PREFIX}direction"]
+    return {name: Gated(tensors[f"{PREFIX}unet.{name}"], encoding, direction) for name in layers}
+
+
 def _follow(denoiser: Any, _: Any, __: Any) -> None:
     if denoiser.training:
-        denoiser.concept.follow(denoiser.text_encoders, denoiser.resolution)
+        denoiser.concept.follow(denoiser.text_encoders)
 
 
 def _answer_anew(layer: Any, args: Any, output: torch.Tensor, concept: Concept) -> torch.Tensor:
@@ -226,17 +257,9 @@ def _answer_anew(layer: Any, args: Any, output: torch.Tensor, concept: Concept) 
 
 
 def _answer_worn(
-    layer: Any,
-    args: Any,
-    output: torch.Tensor,
-    scale: float,
-    answer: torch.Tensor,
-    encoding: torch.Tensor,
-    direction: torch.Tensor,
+    layer: Any, args: Any, output: torch.Tensor, scale: float, answer: Answer
 ) -> torch.Tensor:
-    base_answer = F.linear(encoding.to(layer.weight.dtype), layer.weight)
-    change = edit(args[0], answer, base_answer, encoding, direction, GATE)
-    return output + (scale * change).to(output.dtype)
+    return output + (scale * answer(layer, args[0])).to(output.dtype)
 
 
 def _check(tensors: Mapping[str, torch.Tensor], layers: Mapping[str, Any]) -> None:

@@ -74,18 +74,30 @@ def _hook(layer: Any, product: Product, scale: float, mask: Mask) -> Any:
         if weight.dim() == 4:
             gain = gain.view(-1, 1, 1)
 
-    def apply(tensor: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """What the layer would say with this weight and no bias."""
-        if tensor.dim() == 2:
-            return functional.linear(x, tensor)
-        return functional.conv2d(x, tensor, None, layer.stride, layer.padding, layer.dilation)
-
     def hook(_: nn.Module, inputs: tuple[torch.Tensor, ...], y: torch.Tensor) -> torch.Tensor:
         (x,) = inputs
-        hidden = mask(apply(down, x))
-        change = functional.linear(hidden, up) if up.dim() == 2 else functional.conv2d(hidden, up)
+        change = change_by(layer, down, up, x, mask)
         if gain is not None:
-            change = gain * change + (gain - 1) * apply(layer.weight, x)
+            change = gain * change + (gain - 1) * apply(layer, layer.weight, x)
         return y + scale * change
 
     return hook
+
+
+def change_by(
+    layer: Any,
+    down: torch.Tensor,
+    up: torch.Tensor,
+    x: torch.Tensor,
+    mask: Mask = lambda hidden: hidden,
+) -> torch.Tensor:
+    """B M A x beside a layer."""
+    hidden = mask(apply(layer, down, x))
+    return functional.linear(hidden, up) if up.dim() == 2 else functional.conv2d(hidden, up)
+
+
+def apply(layer: Any, tensor: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """What the layer would say with this weight and no bias."""
+    if tensor.dim() == 2:
+        return functional.linear(x, tensor)
+    return functional.conv2d(x, tensor, None, layer.stride, layer.padding, layer.dilation)

@@ -11,6 +11,7 @@ sample's forward and backward take. U, V^T and W' are kept beside W: some 8 GB m
 float32, 4 in bf16; with gradient checkpointing W' goes again at once.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from lookalike_trainers.denoiser import Denoiser, checkpoint_gradients
 from lookalike_trainers.method_configs import SvdiffConfig
 from lookalike_trainers.methods import deltas
 from lookalike_trainers.methods.dreambooth import thaw
+from lookalike_trainers.methods.groups import parameter_groups
 from lookalike_trainers.methods.method import Card, TakeOff, Wearer
 from lookalike_trainers.methods.tokens import TokenRows, learn_rows, saved_rows, wear_words
 from lookalike_trainers.objective import weighted_mse
@@ -42,7 +44,6 @@ class Svdiff:
     """The method, holding a base whose matrices are made of their factors in every step."""
 
     def __init__(self, parts: Any, config: SvdiffConfig) -> None:
-        assert config.resolution is not None
         self.config = config
         bf16 = config.mixed_precision == "bf16"
         unet = parts.take("unet")
@@ -61,19 +62,15 @@ class Svdiff:
             self.rows = learn_rows(parts, text_encoders, config.trigger, word)
         if config.gradient_checkpointing:
             checkpoint_gradients(unet, text_encoders)
-        self.module = Denoiser(unet, text_encoders, resolution=config.resolution, bf16=bf16)
+        self.module = Denoiser(unet, text_encoders, vae_scale=parts.vae_scale, bf16=bf16)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        rows = [layer.rows for layer in self.rows]
-        groups = [
-            {"params": list(self.unet_shifts.values()), "lr": self.config.learning_rate},
-            {
-                "params": list(self.text_shifts.values()),
-                "lr": self.config.text_encoder_learning_rate,
-            },
-            {"params": rows, "lr": self.config.token_learning_rate, "weight_decay": 0.0},
-        ]
-        return [group for group in groups if group["params"]]
+        return parameter_groups(
+            self.config,
+            unet=self.unet_shifts.values(),
+            text=self.text_shifts.values(),
+            words=self.rows,
+        )
 
     def loss(self, prediction: torch.Tensor, batch: Batch) -> torch.Tensor:
         return weighted_mse(prediction, batch.target, batch.weight, batch.mask)
@@ -101,6 +98,21 @@ def wear(wearer: Wearer, file: Path, scale: float, word: str) -> TakeOff:
 
     tensors = load_file(file)
     base = BaseParts(wearer.folder, wearer.unet.device)
+    changes = changed(tensors, scale, base, wearer.cache)
+    without_word = wear_words(wearer, tensors, word)
+    without_changes = deltas.wear_deltas(wearer, changes, 1.0)
+
+    def take_off() -> None:
+        without_changes()
+        without_word()
+
+    return take_off
+
+
+def changed(
+    tensors: Mapping[str, torch.Tensor], scale: float, base: BaseParts, cache: Path | None
+) -> dict[str, torch.Tensor]:
+    """W' - W of `scale` times each spectrum's shift, as `wear_deltas` takes them."""
     weights = {
         f"{part}.{name}": weight
         for part, module in deltas.parts_of(base).items()
@@ -110,17 +122,10 @@ def wear(wearer: Wearer, file: Path, scale: float, word: str) -> TakeOff:
     for key, delta in tensors.items():
         if key.startswith(PREFIX):
             name = key.removeprefix(PREFIX)
-            u, s, vt = decompose(weights[name], wearer.cache)
+            u, s, vt = decompose(weights[name], cache)
             change = recompose(u, s, vt, delta.to(s.device) * scale)
             changes[f"{deltas.PREFIX}{name}"] = change.view_as(weights[name])
-    without_word = wear_words(wearer, tensors, word)
-    without_changes = deltas.wear_deltas(wearer, changes, 1.0)
-
-    def take_off() -> None:
-        without_changes()
-        without_word()
-
-    return take_off
+    return changes
 
 
 def shift_spectra(

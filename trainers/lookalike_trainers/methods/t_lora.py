@@ -26,9 +26,18 @@ from lookalike_trainers.config import TrainingConfig
 from lookalike_trainers.data import Batch
 from lookalike_trainers.denoiser import Denoiser, checkpoint_gradients
 from lookalike_trainers.method_configs import TLoraConfig, ends_in
+from lookalike_trainers.methods.groups import parameter_groups
 from lookalike_trainers.methods.method import Card, TakeOff, Wearer
 from lookalike_trainers.methods.products import own_layers, wear_products
-from lookalike_trainers.methods.tokens import TokenRows, learn_rows, saved_rows, wear_words
+from lookalike_trainers.methods.row_adapter import Ranks, RowAdapter, of_unet
+from lookalike_trainers.methods.tokens import (
+    TokenRows,
+    learn_rows,
+    learned_rows,
+    saved_rows,
+    wear_only_words,
+    wear_words,
+)
 from lookalike_trainers.objective import weighted_mse
 
 NAME = "t_lora"
@@ -94,9 +103,9 @@ class TLora:
     """The method, holding a base's UNet with timed products in it."""
 
     def __init__(self, parts: Any, config: TLoraConfig) -> None:
-        assert config.resolution is not None
         self.config = config
-        unet = parts.take("unet")
+        bf16 = config.mixed_precision == "bf16"
+        unet = parts.take_frozen_unet(bf16=bf16)
         text_encoders = parts.take("text_encoders") if config.reads_ids else []
         min_rank = config.rank // 2 if config.min_rank is None else config.min_rank
         timesteps = parts.scheduler.config.num_train_timesteps
@@ -112,20 +121,15 @@ class TLora:
         self.module = Denoiser(
             unet,
             text_encoders,
-            resolution=config.resolution,
-            bf16=config.mixed_precision == "bf16",
+            vae_scale=parts.vae_scale,
+            bf16=bf16,
         )
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         products = [
             p for layer in self.layers.values() for p in (layer.down, layer.values, layer.up)
         ]
-        groups: list[dict[str, Any]] = [{"params": products, "lr": self.config.learning_rate}]
-        if self.rows:
-            rows = [layer.rows for layer in self.rows]
-            rate = self.config.token_learning_rate
-            groups.append({"params": rows, "lr": rate, "weight_decay": 0.0})
-        return groups
+        return parameter_groups(self.config, unet=products, words=self.rows)
 
     def loss(self, prediction: torch.Tensor, batch: Batch) -> torch.Tensor:
         return weighted_mse(prediction, batch.target, batch.weight, batch.mask)
@@ -164,6 +168,18 @@ def wear(wearer: Wearer, file: Path, scale: float, word: str) -> TakeOff:
         watching.remove()
 
     return take_off
+
+
+def rows(wearer: Wearer, file: Path) -> RowAdapter:
+    from safetensors.torch import load_file
+
+    tensors = load_file(file)
+    return RowAdapter(
+        learned_rows(tensors),
+        wear_only_words,
+        products=of_unet(loaded_products(tensors)),
+        ranks=Ranks(**adapter_info(read_header(file), file.name).config),
+    )
 
 
 def insert(unet: nn.Module, targets: tuple[str, ...], mask: RankMask) -> dict[str, TimedProduct]:

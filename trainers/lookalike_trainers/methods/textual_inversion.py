@@ -11,6 +11,8 @@ The rows are held at the median norm of the vocabulary's, or the initialiser's i
 unless `keep_norm` is off: rows that grow drown the prompt's other words.
 """
 
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,9 @@ from lookalike_trainers.data import Batch
 from lookalike_trainers.denoiser import Denoiser, checkpoint_gradients
 from lookalike_trainers.method_configs import TextualInversionConfig
 from lookalike_trainers.methods.deltas import part_name
+from lookalike_trainers.methods.groups import parameter_groups
 from lookalike_trainers.methods.method import Card, TakeOff, Wearer
+from lookalike_trainers.methods.row_adapter import RowAdapter
 from lookalike_trainers.methods.tokens import learn_rows, saved_rows, wear_words, word_rows
 from lookalike_trainers.objective import weighted_mse
 
@@ -34,10 +38,10 @@ class TextualInversion:
     """The method, holding a frozen base and the rows of its new word."""
 
     def __init__(self, parts: Any, config: TextualInversionConfig) -> None:
-        assert config.resolution is not None
         self.config = config
         self.initializer = str(config.initializer)
-        unet, text_encoders = parts.take("unet"), parts.take("text_encoders")
+        bf16 = config.mixed_precision == "bf16"
+        unet, text_encoders = parts.take_frozen_unet(bf16=bf16), parts.take("text_encoders")
         self.rows = learn_rows(
             parts, text_encoders, config.trigger, self.initializer, keep_norm=config.keep_norm
         )
@@ -46,13 +50,12 @@ class TextualInversion:
         self.module = Denoiser(
             unet,
             text_encoders,
-            resolution=config.resolution,
-            bf16=config.mixed_precision == "bf16",
+            vae_scale=parts.vae_scale,
+            bf16=bf16,
         )
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        rows = [layer.rows for layer in self.rows]
-        return [{"params": rows, "lr": self.config.token_learning_rate, "weight_decay": 0.0}]
+        return parameter_groups(self.config, words=self.rows)
 
     def loss(self, prediction: torch.Tensor, batch: Batch) -> torch.Tensor:
         return weighted_mse(prediction, batch.target, batch.weight, batch.mask)
@@ -70,14 +73,35 @@ def build(parts: Any, config: TrainingConfig) -> TextualInversion:
 
 
 def wear(wearer: Wearer, file: Path, scale: float, word: str) -> TakeOff:
-    """Rows between the initialiser word's, at scale 0, and the learned ones, at scale 1."""
+    adapter = rows(wearer, file)
+    return adapter.wear_text(wearer, adapter.text, scale, word)
+
+
+def rows(wearer: Wearer, file: Path) -> RowAdapter:
     from safetensors.torch import load_file
 
     initializer = adapter_info(read_header(file), file.name).config["initializer"]
-    tensors = load_file(file)
+    return RowAdapter(load_file(file), partial(_wear_text, initializer=initializer))
+
+
+def rows_at(
+    wearer: Wearer, text: Mapping[str, torch.Tensor], scale: float, initializer: str
+) -> dict[str, torch.Tensor]:
+    """Rows between the initialiser word's, at scale 0, and the learned ones, at scale 1."""
+    scaled = {}
     for place, encoder in enumerate(wearer.text_encoders):
         key = f"tokens.{part_name(place)}"
-        rows = tensors[key].float()
-        start = word_rows(encoder, wearer.tokenizers[place], initializer, len(rows))
-        tensors[key] = torch.lerp(start.to("cpu", rows.dtype), rows, scale)
-    return wear_words(wearer, tensors, word)
+        learned = text[key].float()
+        start = word_rows(encoder, wearer.tokenizers[place], initializer, len(learned))
+        scaled[key] = torch.lerp(start.to("cpu", learned.dtype), learned, scale)
+    return scaled
+
+
+def _wear_text(
+    wearer: Wearer,
+    text: Mapping[str, torch.Tensor],
+    scale: float,
+    word: str,
+    initializer: str,
+) -> TakeOff:
+    return wear_words(wearer, rows_at(wearer, text, scale, initializer), word)

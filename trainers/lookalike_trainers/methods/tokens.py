@@ -122,6 +122,18 @@ def saved_rows(layers: Sequence[TokenRows]) -> dict[str, torch.Tensor]:
     }
 
 
+def learned_rows(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The learned words' rows among an adapter file's tensors."""
+    return {key: tensor for key, tensor in tensors.items() if key.startswith(PREFIX)}
+
+
+def wear_only_words(
+    wearer: Wearer, text: Mapping[str, torch.Tensor], scale: float, word: str
+) -> TakeOff:
+    """What an adapter does to the text encoders whose learned words are all it does to them."""
+    return wear_words(wearer, text, word)
+
+
 def wear_words(
     wearer: Wearer, tensors: Mapping[str, torch.Tensor], word: str, layers: int = 1
 ) -> TakeOff:

@@ -1,0 +1,302 @@
+"""Each strategy is its pure function in every layer, and files hold what comes out."""
+
+from collections.abc import Callable
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lookalike_registry.adapter_file import WEIGHTS_NAME, check_against_base
+from lookalike_registry.compose import rules
+from lookalike_registry.compose.dare import dare_linear
+from lookalike_registry.compose.fusion import fuse, gram
+from lookalike_registry.compose.low_rank import LowRank, compress
+from lookalike_registry.compose.routing import Router
+from lookalike_registry.compose.ties import ties
+from lookalike_registry.manifest import SubjectRecord
+from lookalike_registry.products import read_lora
+from lookalike_registry.tensor_file import check_tensors
+from lookalike_trainers.base_parts import BaseParts
+from lookalike_trainers.composition import merging, words
+from lookalike_trainers.composition.merging import merge
+from lookalike_trainers.composition.parents import read, weights_of
+from lookalike_trainers.composition.request import (
+    CompositionRequest,
+    MergeOptions,
+    ParentFile,
+)
+from lookalike_trainers.methods.composition import Change, load, save
+from support_methods import CARD, CPU
+from support_models import RESOLUTION, save_base
+from support_pairs import Adapter, answers, trained_adapter, wearing
+
+NOT_MERGED = {"t_lora", rules.COMPOSITION}
+KINDS = [*(kind for kind in rules.KINDS if kind not in NOT_MERGED), "pivotal"]
+PAIRS = [(one, other) for place, one in enumerate(KINDS) for other in KINDS[place:]]
+Maker = Callable[[str, int], Adapter]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_base(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="module")
+def adapter(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Maker:
+    return cache(partial(trained_adapter, base, tmp_path_factory.mktemp("adapters")))
+
+
+def asked(base: Path, strategy: str, adapters: list[Adapter], **options: Any) -> CompositionRequest:
+    parents = []
+    for method, file, scale, word in adapters:
+        learned = method != "dreambooth" and file.name != WEIGHTS_NAME
+        subject = SubjectRecord(
+            name=word, trigger=word, class_noun="dog", phrase="{trigger}", learned=learned
+        )
+        parents.append(ParentFile(method=method, file=file, scale=scale, subjects=[subject]))
+    return CompositionRequest(
+        name="duo",
+        strategy=strategy,
+        options=MergeOptions(**options),
+        parents=parents,
+        base_folder=base,
+        family="sd1",
+        prediction_type="epsilon",
+        resolution=RESOLUTION,
+        cache=base,
+        device="cpu",
+    )
+
+
+def merged(request: CompositionRequest) -> Change:
+    return merge(request, BaseParts(request.base_folder, CPU), lambda done, total: None)
+
+
+def saved(request: CompositionRequest, folder: Path) -> Adapter:
+    """The merged file, at scale 1, whose subjects answer to kim and kim-2."""
+    file = save(merged(request), folder, CARD)
+    if file.name == WEIGHTS_NAME:
+        check_against_base(file, request.base_folder)
+        return ("lora", file, 1.0, "kim")
+    check_tensors(file, request.base_folder)
+    return (rules.COMPOSITION, file, 1.0, "kim")
+
+
+@pytest.mark.parametrize(("one", "other"), PAIRS, ids=map("-".join, PAIRS))
+def test_a_weighted_sum_does_what_both_parents_do_together(
+    base: Path, adapter: Maker, tmp_path: Path, one: str, other: str
+) -> None:
+    adapters = [adapter(one, 0), adapter(other, 1)]
+    whole = saved(asked(base, "weighted_sum", adapters), tmp_path)
+    words_are = ("kim", "kim-2") if whole[0] == rules.COMPOSITION else ("sks", "zwx")
+    prompt = f"a {' '.join(words_are)}"
+    parts = BaseParts(base, CPU)
+    plain = answers(parts)
+    with wearing(parts, whole):
+        together = answers(parts, prompt)
+    assert not parts.learned
+    torch.testing.assert_close(answers(parts), plain, rtol=0, atol=0)
+    both = [
+        (*(fixed(base, made, tmp_path) if kind == "dora" else made)[:3], word)
+        for kind, made, word in zip((one, other), adapters, words_are, strict=True)
+    ]
+    with wearing(parts, *both):
+        expected = answers(parts, prompt)
+    torch.testing.assert_close(together, expected, rtol=1e-4, atol=2e-4)
+
+
+def fixed(base: Path, adapter: Adapter, folder: Path) -> Adapter:
+    """A DoRA as the fixed change of the base that merges take it for."""
+    request = asked(base, "weighted_sum", [adapter, adapter])
+    own = folder / adapter[3]
+    own.mkdir()
+    change = read(request.parents[0], BaseParts(base, CPU))
+    return (rules.COMPOSITION, save(change, own, CARD), 1.0, adapter[3])
+
+
+@pytest.mark.parametrize("number", [0, 1], ids=["whole", "at a scale"])
+def test_a_dora_is_merged_as_what_it_does_to_the_base(
+    base: Path, adapter: Maker, tmp_path: Path, number: int
+) -> None:
+    parts, dora = BaseParts(base, CPU), adapter("dora", number)
+    with wearing(parts, dora):
+        worn = answers(parts)
+    with wearing(parts, fixed(base, dora, tmp_path)):
+        as_delta = answers(parts)
+    torch.testing.assert_close(as_delta, worn, rtol=1e-4, atol=2e-4)
+
+
+def pairs_of(adapters: list[Adapter]) -> list[dict[str, LowRank]]:
+    """Products of LoRA files with scales multiplied in."""
+    return [
+        {name: LowRank(scale * p.up, p.down) for name, p in read_lora(file).items()}
+        for _, file, scale, _ in adapters
+    ]
+
+
+def test_svd_keeps_the_best_of_the_sum_in_every_layer(base: Path, adapter: Maker) -> None:
+    parents = [adapter("lora", 0), adapter("lora", 1)]
+    one, other = pairs_of(parents)
+    made = merged(asked(base, "svd", parents, rank=3)).products
+    assert made.keys() == one.keys()
+    for name, pair in made.items():
+        total = one[name].dense() + other[name].dense()
+        u, s, vt = torch.linalg.svd(total.double(), full_matrices=False)
+        best = (u[:, :3] * s[:3]) @ vt[:3]
+        assert len(pair.down) == 3
+        torch.testing.assert_close(pair.dense().double(), best, rtol=1e-4, atol=1e-5)
+    default = merged(asked(base, "svd", parents)).products
+    assert {n: len(p.down) for n, p in default.items()} == {n: len(p.down) for n, p in one.items()}
+
+
+@pytest.mark.parametrize("strategy", ["ties", "dare_linear"])
+def test_ties_and_dare_are_theirs_in_every_layer_of_dense_changes(
+    base: Path, adapter: Maker, strategy: str
+) -> None:
+    parents = [adapter("lora", 0), adapter("lora", 1)]
+    one, other = pairs_of(parents)
+    made = merged(asked(base, strategy, parents, density=0.3, seed=5)).products
+    draws = torch.Generator().manual_seed(5)
+    for name in sorted(one, key=lambda name: f"{name}.weight"):
+        dense = [one[name].dense(), other[name].dense()]
+        if strategy == "ties":
+            expected = ties(dense, [1.0, 1.0], density=0.3)
+        else:
+            expected = dare_linear(dense, [1.0, 1.0], density=0.3, draws=draws)
+        rank = len(one[name].down) + len(other[name].down)
+        torch.testing.assert_close(made[name].dense(), compress(expected, rank=rank).dense())
+
+
+def test_changes_without_a_rank_stay_dense_unless_one_is_asked_for(
+    base: Path, adapter: Maker
+) -> None:
+    parents = [adapter("custom_diffusion", 0), adapter("lora", 1)]
+    dense = merged(asked(base, "ties", parents))
+    keys = {name.removesuffix(".weight") for name in dense.deltas}
+    assert keys
+    assert all(name.endswith(("attn2.to_k", "attn2.to_v")) for name in keys)
+    short = merged(asked(base, "ties", parents, rank=2))
+    assert not short.deltas
+    assert {len(short.products[name].down) for name in keys} == {2}
+
+
+class Heard:
+    """Inputs for layers, drawn instead of observed: the same for the merge and the formula."""
+
+    def __init__(self, base: Path) -> None:
+        self.widths = {
+            name.removesuffix(".weight"): weight.flatten(1).shape[1]
+            for name, weight in weights_of(BaseParts(base, CPU)).items()
+            if weight.dim() > 1
+        }
+
+    def inputs(self, place: int, name: str) -> torch.Tensor:
+        draws = torch.Generator().manual_seed(place * 1000 + sorted(self.widths).index(name))
+        return torch.randn(2, 40, self.widths[name], generator=draws)
+
+    def observe(self, place: int, layers: list[str], hear: Any) -> None:
+        for name in layers:
+            hear(name, self.inputs(place, name))
+
+
+def test_ssr_and_fusion_are_theirs_in_every_layer(
+    base: Path, adapter: Maker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parents = [adapter("lora", 0), adapter("lora", 1)]
+    one, other = pairs_of(parents)
+    heard, weights = Heard(base), weights_of(BaseParts(base, CPU))
+    request = asked(base, "ssr", parents)
+    monkeypatch.setattr(
+        merging,
+        "observe",
+        lambda parts, parent, layers, hear, **how: heard.observe(
+            [p.file for p in request.parents].index(parent.file), layers, hear
+        ),
+    )
+    routed = merged(request).products
+    fused = merged(asked(base, "fusion", parents)).products
+    assert routed.keys() == fused.keys() == one.keys()
+    for name in one:
+        router = Router([one[name], other[name]])
+        for place in (0, 1):
+            router.observe(place, heard.inputs(place, name))
+        torch.testing.assert_close(routed[name].dense(), router.merged().dense())
+
+        weight = weights[f"{name}.weight"]
+        grams = [gram(heard.inputs(place, name)) for place in (0, 1)]
+        tuned = [weight + pair[name].dense() for pair in (one, other)]
+        expected = fuse(weight, tuned, grams) - weight
+        torch.testing.assert_close(fused[name].dense(), expected, rtol=1e-3, atol=1e-5)
+
+
+def test_a_parent_without_a_layer_gets_nothing_from_the_other_there(
+    base: Path, adapter: Maker, tmp_path: Path
+) -> None:
+    """ED-LoRA also changes the text encoder; SSR keeps it from answering the LoRA's subject."""
+    both = [adapter("lora", 0), adapter("ed_lora", 1)]
+    made = merged(asked(base, "ssr", both)).products
+    text = [name for name in made if name.startswith("text_encoder.")]
+    assert text
+    assert not any(name.startswith("text_encoder.") for name in read_lora(both[0][1]))
+    assert all(pair.dense().isfinite().all() for pair in made.values())
+
+
+@pytest.mark.parametrize("second", [0, 1], ids=["the same twice", "two"])
+def test_the_closed_form_keeps_what_each_concepts_words_say(
+    base: Path, adapter: Maker, tmp_path: Path, second: int
+) -> None:
+    """W c* = V* = W_i c* in every K and V, of the merged file worn on the base."""
+    method, file, scale, _ = adapter("custom_diffusion", second)
+    parents = [adapter("custom_diffusion", 0), (method, file, scale, "zwx")]
+    request = asked(base, "closed_form", parents)
+    whole = saved(request, tmp_path)
+    parts = BaseParts(base, CPU)
+    spoken = [words.features(parts, parent, RESOLUTION) for parent in request.parents]
+    layers = list(load(whole[1]).deltas)
+    assert layers
+    own = {}
+    for place, one in enumerate(parents):
+        with wearing(parts, one):
+            weights = weights_of(parts)
+            own[place] = {name: spoken[place] @ weights[name].T.clone() for name in layers}
+    with wearing(parts, whole):
+        weights = weights_of(parts)
+        for place in (0, 1):
+            for name in layers:
+                kept = spoken[place] @ weights[name].T
+                torch.testing.assert_close(kept, own[place][name], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("strategy", ["ssr", "fusion", "ties"])
+def test_one_adapter_under_two_names_does_not_blow_up(
+    base: Path, adapter: Maker, strategy: str
+) -> None:
+    """Collinear signals and equal inputs: the sum's size at most, and nothing infinite."""
+    method, file, _, _ = adapter("lora", 0)
+    twice = [(method, file, 1.0, "sks"), (method, file, 1.0, "zwx")]
+    once = pairs_of(twice[:1])[0]
+    for name, pair in merged(asked(base, strategy, twice)).products.items():
+        assert pair.dense().isfinite().all()
+        assert float(pair.dense().norm()) <= 2.01 * float(once[name].dense().norm())
+
+
+def test_loras_become_a_lora_that_other_programs_read(
+    base: Path, adapter: Maker, tmp_path: Path
+) -> None:
+    method, file, _, _ = saved(
+        asked(base, "weighted_sum", [adapter("lora", 0), adapter("lora", 1)]), tmp_path
+    )
+    assert (method, file.name) == ("lora", WEIGHTS_NAME)
+
+
+def test_a_merged_version_merges_again(base: Path, adapter: Maker, tmp_path: Path) -> None:
+    first = saved(
+        asked(base, "weighted_sum", [adapter("perfusion", 0), adapter("custom_diffusion", 1)]),
+        tmp_path,
+    )
+    again = merged(asked(base, "weighted_sum", [first, adapter("textual_inversion", 0)]))
+    assert [bool(subject.rows) for subject in again.subjects] == [True, True, True]
+    assert [bool(subject.gate) for subject in again.subjects] == [True, False, False]
+    assert again.deltas.keys() == load(first[1]).deltas.keys()

@@ -1,0 +1,1 @@
+"""Merging adapters into a new version, as a job of its own."""

@@ -1,0 +1,111 @@
+"""What each parent of a merge does to the base, whatever its method. Torch.
+
+Everything is read as one fixed change W' - W with the parent's scale in it: products B A where the
+file has them, and else deltas.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from lookalike_platform.errors import CapabilityMissing
+from lookalike_registry.compose.low_rank import LowRank
+from lookalike_registry.compose.rules import COMPOSITION
+from lookalike_registry.products import Product, loaded_products, read_lora
+from lookalike_registry.safetensors_header import read_header
+from lookalike_registry.tensor_file import METHOD_KEY, adapter_info
+from lookalike_trainers.base_parts import BaseParts
+from lookalike_trainers.composition.request import ParentFile
+from lookalike_trainers.methods import composition, deltas, diff_fit, svdiff, textual_inversion
+from lookalike_trainers.methods.composition import Change, Subject
+from lookalike_trainers.methods.perfusion import PREFIX as GATE
+from lookalike_trainers.methods.tokens import PREFIX as TOKENS
+
+
+def read(parent: ParentFile, base: BaseParts) -> Change:
+    """The parent's change of this base.
+
+    Raises CapabilityMissing for a method whose change is not one fixed sum.
+    """
+    from safetensors.torch import load_file
+
+    file, scale = parent.file, parent.scale
+    header = read_header(file)
+    if METHOD_KEY not in header.metadata:
+        return _of_products(read_lora(file), scale, Subject(), base)
+    tensors = {key: tensor.float() for key, tensor in load_file(file).items()}
+    rows = _under(TOKENS, tensors)
+    match parent.method:
+        case "lora":
+            return _of_products(loaded_products(tensors), scale, Subject(rows), base)
+        case "ed_lora":
+            layers = int(adapter_info(header, file.name).config["layers"])
+            return _of_products(loaded_products(tensors), scale, Subject(rows, layers), base)
+        case "custom_diffusion" | "dreambooth":
+            changed = _under(deltas.PREFIX, tensors)
+        case "diff_fit":
+            changed = _under(deltas.PREFIX, tensors | diff_fit.fold(tensors, base))
+        case "svdiff":
+            own = svdiff.changed(tensors, scale, base, base.cache)
+            return Change(deltas=_under(deltas.PREFIX, own), subjects=[Subject(rows)])
+        case "textual_inversion":
+            start = adapter_info(header, file.name).config["initializer"]
+            rows = _under(TOKENS, textual_inversion.rows_at(base, tensors, scale, start))
+            return Change(subjects=[Subject(rows)])
+        case "perfusion":
+            gate = {key: tensor for key, tensor in tensors.items() if key.startswith(GATE)}
+            return Change(subjects=[Subject(rows, gate=gate, gate_scale=scale)])
+        case _ if parent.method == COMPOSITION:
+            return _scaled(composition.load(file), scale)
+        case _:
+            raise CapabilityMissing(f"merging adapters of {parent.method}")
+    changes = {name: (delta * scale).cpu() for name, delta in changed.items()}
+    return Change(deltas=changes, subjects=[Subject(rows)])
+
+
+def _of_products(
+    products: Mapping[str, Product], scale: float, subject: Subject, base: BaseParts
+) -> Change:
+    """DoRA's lengths make a product a delta, g (W + B A) - W with g = m / ||W + B A||."""
+    pairs, changed = {}, {}
+    for name, product in products.items():
+        pair = LowRank(scale * product.up.float().flatten(1), product.down.float())
+        if product.magnitude is None:
+            pairs[name] = pair
+            continue
+        weight = weights_of(base)[f"{name}.weight"].cpu()
+        whole = weight + LowRank(product.up.float().flatten(1), product.down.float()).dense()
+        gain = product.magnitude.float().flatten() / whole.flatten(1).norm(dim=1)
+        gain = gain.view(-1, *(1,) * (weight.dim() - 1))
+        changed[f"{name}.weight"] = scale * (gain * whole - weight)
+    return Change(pairs, changed, [subject])
+
+
+def _scaled(change: Change, scale: float) -> Change:
+    """Rows know no scale."""
+    return Change(
+        {name: LowRank(scale * pair.up, pair.down) for name, pair in change.products.items()},
+        {name: scale * delta for name, delta in change.deltas.items()},
+        [
+            Subject(one.rows, one.layers, one.gate, scale * one.gate_scale)
+            for one in change.subjects
+        ],
+    )
+
+
+def weights_of(base: BaseParts) -> dict[str, torch.nn.Parameter]:
+    """The base's own parameters by `<part>.<parameter>`."""
+    return {
+        f"{part}.{name}": parameter
+        for part, model in deltas.parts_of(base).items()
+        for name, parameter in deltas.named(model).items()
+    }
+
+
+def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {
+        key.removeprefix(prefix): tensor.detach().cpu()
+        for key, tensor in tensors.items()
+        if key.startswith(prefix)
+    }

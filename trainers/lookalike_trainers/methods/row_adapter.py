@@ -1,0 +1,112 @@
+"""A saved adapter in memory, as single rows of a batch wear it. Torch.
+
+Beside what it does to the text encoders, which are asked one prompt at a time, an adapter may
+change a row of the UNet's batch in two ways, both sums over the adapters the row wears:
+
+    y + scale B M(t) A x      by a product of thin matrices beside a layer; M(t): T-LoRA's ranks
+    y + scale h(e)            where a layer's input is the text e alone (K and V of the
+                              cross-attention): h(e) is the same at every step
+
+What changes whole weights in any other way cannot be told apart by rows: its method has no `rows`
+in catalog.METHODS, and the base wears it as a whole.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch.nn import functional
+
+from lookalike_registry.products import Product
+from lookalike_trainers.methods.method import TakeOff, Wearer
+
+WearText = Callable[[Wearer, Mapping[str, torch.Tensor], float, str], TakeOff]
+"""Lets an adapter's `text` act on the text encoders alone: at a scale, for a word in prompts."""
+
+
+class Answer(Protocol):
+    """A change of what K or V say, a dataclass whose tensors are its fields."""
+
+    def __call__(self, layer: Any, e: torch.Tensor) -> torch.Tensor:
+        """h(e), [n, tokens, out], of text e [n, tokens, d]."""
+        ...
+
+
+@dataclass(frozen=True)
+class Dense:
+    """h(e) = D e, D [out, in] being the difference of two weights."""
+
+    delta: torch.Tensor
+
+    def __call__(self, layer: Any, e: torch.Tensor) -> torch.Tensor:
+        return functional.linear(e.to(self.delta.dtype), self.delta)
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """T-LoRA's r(t) = floor((rank - min_rank) (timesteps - t) / timesteps) + min_rank."""
+
+    rank: int
+    min_rank: int
+    timesteps: int
+
+
+@dataclass(frozen=True, eq=False)
+class RowAdapter:
+    """One adapter file.
+
+    text: the tensors that act on text encoders, none for an adapter that leaves them alone.
+    products: of the UNet's layers, by their names in the base.
+    ranks: of all products, where they depend on the timestep.
+    answers: of K's and V's layers, by their names in the base.
+    """
+
+    text: Mapping[str, torch.Tensor]
+    wear_text: WearText
+    products: Mapping[str, Product] = field(default_factory=dict)
+    ranks: Ranks | None = None
+    answers: Mapping[str, Answer] = field(default_factory=dict)
+
+    @property
+    def nbytes(self) -> int:
+        pieces = [*self.products.values(), *self.answers.values()]
+        tensors = [*self.text.values(), *(t for piece in pieces for t in _tensors(piece).values())]
+        return sum(tensor.nbytes for tensor in tensors)
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> "RowAdapter":
+        """With the products in the UNet's dtype; the rest keeps its own, and the text its place."""
+        return replace(
+            self,
+            products={n: _moved(p, device=device, dtype=dtype) for n, p in self.products.items()},
+            answers={n: _moved(a, device=device) for n, a in self.answers.items()},
+        )
+
+
+class Rows(Protocol):
+    """A method's entry in catalog.METHODS for adapters that act on single rows.
+
+    Args of a call: the base, whose parts are looked at and not changed; the adapter's file. None
+    for a file that cannot act so, and is to be worn as a whole.
+    """
+
+    def __call__(self, wearer: Wearer, file: Path) -> RowAdapter | None: ...
+
+
+def of_unet(named: Mapping[str, Any]) -> dict[str, Any]:
+    """What belongs to the UNet, by the layers' own names."""
+    return {name.removeprefix("unet."): x for name, x in named.items() if name.startswith("unet.")}
+
+
+def of_text(named: Mapping[str, Any]) -> dict[str, Any]:
+    """What belongs to the text encoders."""
+    return {name: x for name, x in named.items() if name.startswith("text_encoder")}
+
+
+def _tensors(piece: Any) -> dict[str, torch.Tensor]:
+    return {name: x for name, x in vars(piece).items() if isinstance(x, torch.Tensor)}
+
+
+def _moved(piece: Any, **where: Any) -> Any:
+    return replace(piece, **{name: x.to(**where) for name, x in _tensors(piece).items()})

@@ -1,0 +1,281 @@
+"""Many adapters in one call of a UNet, each on its own rows of the batch. Torch.
+
+    y_n + B_n M_n(t_n) A_n x_n + h_n      for row n
+
+Rows that wear the same make a slot. A layer's products stand side by side, A [slots, in, R] and
+B [slots, R, out], ranks padded to R with zeros and those of one slot concatenated; scales are in
+B. Two batched products of matrices then serve all slots (Punica, Chen et al. 2023, does so for
+language models). What depends on the text alone (row_adapter.py) is computed once, by `answers`.
+
+A batch of a single slot is changed by each product as `products.py` does it, to the bit.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import astuple, dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from lookalike_platform.errors import FieldProblem, InvalidRequest
+from lookalike_trainers.methods.products import change_by, own_layers
+from lookalike_trainers.methods.row_adapter import Ranks, RowAdapter
+from lookalike_trainers.methods.text_by_layer import cross_attention, take_own_text
+
+Rows = slice | torch.Tensor
+Outfit = tuple[tuple[RowAdapter, float], ...]
+"""What a row wears: adapters and their scales."""
+Answers = Mapping[str, torch.Tensor]
+"""h [rows, tokens, out] by K's and V's layers."""
+Change = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""Of a layer's input x and answer y the changed answer; y may be overwritten."""
+
+
+@dataclass(frozen=True, eq=False)
+class Slot:
+    """Rows that stand together in a batch and wear the same; `RowEdits.answers` gives answers."""
+
+    outfit: Outfit
+    rows: int
+    answers: Answers = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Worn:
+    """A product at its scale, and which of its ranks act."""
+
+    down: torch.Tensor
+    up: torch.Tensor
+    scale: float
+    ranks: Ranks | None
+
+
+class RowEdits:
+    """What the rows of a UNet's batch wear; its weights stay as they are."""
+
+    def __init__(self, unet: nn.Module) -> None:
+        self._layers = own_layers(unet)
+        places = {module: place for place, module in enumerate(cross_attention(unet))}
+        self._heard = {
+            f"{name}.{end}": places[module]
+            for name, module in unet.named_modules()
+            if module in places
+            for end in ("to_k", "to_v")
+        }
+        self._handles: list[Any] = []
+        self._timesteps = torch.zeros(0)
+        unet.register_forward_pre_hook(self._see, with_kwargs=True)
+        take_own_text(unet)
+
+    def check(self, adapter: RowAdapter) -> None:
+        """Raises InvalidRequest for changes of layers that the UNet does not have."""
+        unknown = [
+            FieldProblem(name, "is no layer of the base model, or none that reads the text")
+            for names, layers in (
+                (adapter.products, self._layers),
+                (adapter.answers, self._heard),
+            )
+            for name in names
+            if name not in layers
+        ]
+        if unknown:
+            raise InvalidRequest("Not all of the adapter would act on this base.", unknown)
+
+    def answers(self, outfit: Outfit, text: torch.Tensor) -> Answers:
+        """What an outfit adds to K and V whatever the step.
+
+        Args:
+            text: features [rows, tokens, d], or by layer [rows, L, tokens, d].
+        """
+        total: dict[str, torch.Tensor] = {}
+        for name, place in self._heard.items():
+            e = text[:, place] if text.dim() == 4 else text
+            for adapter, scale in outfit:
+                if (said := self._said(adapter, name, e)) is not None:
+                    change = (scale * said).to(e.dtype)
+                    total[name] = total[name] + change if name in total else change
+        return total
+
+    def put_on(self, slots: Sequence[Slot]) -> None:
+        """From now on the batch's rows wear this, slot after slot, and nothing else."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        for name, layer in self._layers.items():
+            changes = list(self._changes(name, layer, slots))
+            if changes:
+                self._handles.append(layer.register_forward_hook(_hook(changes)))
+
+    def _said(self, adapter: RowAdapter, name: str, e: torch.Tensor) -> torch.Tensor | None:
+        if name in adapter.answers:
+            return adapter.answers[name](self._layers[name], e)
+        if name in adapter.products and adapter.ranks is None:
+            product = adapter.products[name]
+            return change_by(self._layers[name], product.down, product.up, e)
+        return None
+
+    def _changes(self, name: str, layer: Any, slots: Sequence[Slot]) -> Iterator[Change]:
+        worn = [self._worn(name, slot.outfit) for slot in slots]
+        if len(slots) == 1:
+            yield from (self._alone(layer, one, slots[0].rows) for one in worn[0])
+        elif any(worn):
+            yield self._stacked(layer, slots, worn)
+        if any(name in slot.answers for slot in slots):
+            yield _said_too(name, layer, slots)
+
+    def _worn(self, name: str, outfit: Outfit) -> list[_Worn]:
+        """The products that act at every step."""
+        return [
+            _Worn(adapter.products[name].down, adapter.products[name].up, scale, adapter.ranks)
+            for adapter, scale in outfit
+            if name in adapter.products and (adapter.ranks or name not in self._heard)
+        ]
+
+    def _alone(self, layer: Any, worn: _Worn, rows: int) -> Change:
+        kept = self._kept([[worn]] * rows, slice(None)) if worn.ranks else None
+
+        def mask(hidden: torch.Tensor) -> torch.Tensor:
+            return hidden * kept().unsqueeze(1) if kept else hidden
+
+        def change(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            return y + worn.scale * change_by(layer, worn.down, worn.up, x, mask)
+
+        return change
+
+    def _stacked(self, layer: Any, slots: Sequence[Slot], worn: Sequence[list[_Worn]]) -> Change:
+        """One change for all rows that wear something here."""
+        acting = [(slot.rows, one) for slot, one in zip(slots, worn, strict=True) if one]
+        if len({rows for rows, _ in acting}) > 1:  # uneven: each row is a slot of its own
+            acting = [(1, one) for rows, one in acting for _ in range(rows)]
+        where = _rows(slots, worn)
+        timed = any(one.ranks for _, side in acting for one in side)
+        each = [side for rows, side in acting for _ in range(rows)]
+        kept = self._kept(each, where) if timed else None
+        multiply = _linear if layer.weight.dim() == 2 else _convolve
+        return multiply(layer, [side for _, side in acting], where, kept)
+
+    def _kept(self, worn: Sequence[list[_Worn]], where: Rows) -> Callable[[], torch.Tensor]:
+        """Of T-LoRA's ranks those that act on each row at its timestep, ones in [rows, R]."""
+        width = max(sum(len(one.down) for one in side) for side in worn)
+        always = (-1, 0, 0, 1)  # a place below any r(t)
+        table = []
+        for side in worn:
+            places = []
+            for one in side:
+                ranks = one.ranks
+                places += [
+                    (place % ranks.rank, *astuple(ranks)) if ranks else always
+                    for place in range(len(one.down))
+                ]
+            table.append(places + [always] * (width - len(places)))
+        device = worn[0][0].down.device
+        place, rank, least, total = torch.tensor(table, device=device).unbind(-1)
+
+        def kept() -> torch.Tensor:
+            t = self._timesteps[where].unsqueeze(1)
+            ranks = torch.div((rank - least) * (total - t), total, rounding_mode="floor") + least
+            return place < ranks
+
+        return kept
+
+    def _see(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """The UNet's forward pre-hook: note each row's timestep, [rows]."""
+        t = torch.as_tensor(kwargs["timestep"] if "timestep" in kwargs else args[1])
+        self._timesteps = t.reshape(-1).to(args[0].device).expand(len(args[0]))
+
+
+def _rows(slots: Sequence[Slot], acts: Sequence[Any]) -> Rows:
+    """The rows of the slots that act: a slice if they stand together, so that nothing is copied."""
+    each = [bool(act) for slot, act in zip(slots, acts, strict=True) for _ in range(slot.rows)]
+    places = [place for place, act in enumerate(each) if act]
+    if len(places) == places[-1] - places[0] + 1:
+        return slice(places[0], places[-1] + 1)
+    return torch.tensor(places)
+
+
+def _hook(changes: Sequence[Change]) -> Any:
+    def hook(_: nn.Module, inputs: tuple[torch.Tensor, ...], y: torch.Tensor) -> torch.Tensor:
+        for change in changes:
+            y = change(inputs[0], y)
+        return y
+
+    return hook
+
+
+def _said_too(name: str, layer: Any, slots: Sequence[Slot]) -> Change:
+    if len(slots) == 1:
+        alone = slots[0].answers[name]
+        return lambda x, y: y + alone
+    where = _rows(slots, [name in slot.answers for slot in slots])
+    said = torch.cat([slot.answers[name] for slot in slots if name in slot.answers])
+
+    def change(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        y[where] += said
+        return y
+
+    return change
+
+
+def _linear(
+    layer: Any,
+    sides: Sequence[list[_Worn]],
+    where: Rows,
+    kept: Callable[[], torch.Tensor] | None,
+) -> Change:
+    """x and y: [rows, ..., in] and [rows, ..., out]."""
+    width = max(sum(len(one.down) for one in side) for side in sides)
+    down = layer.weight.new_zeros(len(sides), layer.in_features, width)
+    up = layer.weight.new_zeros(len(sides), width, layer.out_features)
+    for slot, side in enumerate(sides):
+        column = 0
+        for one in side:
+            columns = slice(column, column := column + len(one.down))
+            down[slot, :, columns] = one.down.T
+            up[slot, columns] = one.scale * one.up.T
+
+    def change(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        seen = x[where]
+        hidden = torch.bmm(seen.reshape(len(sides), -1, x.shape[-1]), down)
+        if kept:
+            mask = kept()
+            hidden *= (
+                mask.view(len(mask), 1, -1)
+                .expand(-1, seen[0, ..., 0].numel(), -1)
+                .reshape(hidden.shape)
+            )
+        y[where] += torch.bmm(hidden, up).view(*seen.shape[:-1], -1)
+        return y
+
+    return change
+
+
+def _convolve(
+    layer: Any,
+    sides: Sequence[list[_Worn]],
+    where: Rows,
+    kept: Callable[[], torch.Tensor] | None,
+) -> Change:
+    """x and y: [rows, channels, height, width]; slots are groups of channels."""
+    assert kept is None, "T-LoRA is for linear layers"
+    slots, channels, out = len(sides), layer.in_channels, layer.out_channels
+    width = max(sum(len(one.down) for one in side) for side in sides)
+    down = layer.weight.new_zeros(slots, width, channels, *layer.kernel_size)
+    up = layer.weight.new_zeros(slots, out, width, 1, 1)
+    for slot, side in enumerate(sides):
+        column = 0
+        for one in side:
+            columns = slice(column, column := column + len(one.down))
+            down[slot, columns] = one.down
+            up[slot, :, columns] = one.scale * one.up
+
+    def change(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        seen = x[where].unflatten(0, (slots, -1)).transpose(0, 1).flatten(1, 2)
+        hidden = functional.conv2d(
+            seen, down.flatten(0, 1), None, layer.stride, layer.padding, layer.dilation, slots
+        )
+        said = functional.conv2d(hidden, up.flatten(0, 1), groups=slots)
+        y[where] += said.unflatten(1, (slots, out)).transpose(0, 1).flatten(0, 1)
+        return y
+
+    return change
