@@ -3,7 +3,7 @@
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,9 +83,14 @@ def add_version(
     base: str = "pocket-64",
     trigger: str = "sks",
     owner: str = "local",
+    method: str = "lora",
     weights: Path | None = None,
+    prompting: Mapping[str, Any] | None = None,
 ) -> AdapterVersion:
-    """Register a version without asking MLflow; `base`: whose fingerprint it has."""
+    """Register a version without asking MLflow; `base`: whose fingerprint it has.
+
+    weights: a LoRA, or another method's adapter file; prompting: what its record says otherwise.
+    """
     found = bases.resolve(base, settings)
     job_id = new_id("job")
     files = finished_run(settings.home / "runs" / job_id)
@@ -95,8 +100,13 @@ def add_version(
         blobs.put_file(path)
     manifest = manifest_of(files, job_id, concept=concept, owner=owner)
     record = manifest.base.model_copy(update={"name": base, "fingerprint": found.fingerprint})
-    prompting = manifest.prompting.model_copy(update={"trigger": trigger, "class_noun": "dog"})
-    manifest = manifest.model_copy(update={"base": record, "prompting": prompting})
+    said = {"trigger": trigger, "class_noun": "dog", **(prompting or {})}
+    changed = {
+        "identity": manifest.identity.model_copy(update={"method": method}),
+        "base": record,
+        "prompting": manifest.prompting.model_copy(update=said),
+    }
+    manifest = manifest.model_copy(update=changed)
     with db.session() as session:
         newest = select(func.max(AdapterVersion.version)).where(
             AdapterVersion.owner == owner, AdapterVersion.concept == concept
@@ -107,7 +117,7 @@ def add_version(
             concept=concept,
             version=(session.scalar(newest) or 0) + 1,
             job_id=job_id,
-            method="lora",
+            method=method,
             base_fingerprint=found.fingerprint,
             digest=manifest.weights.sha256,
             manifest=manifest.model_dump(mode="json"),

@@ -11,7 +11,9 @@ from lookalike_platform.jobs import events, store
 
 
 def submit(
-    db: Database, kind: Literal["train", "generate", "evaluate"] = "train", owner: str = "local"
+    db: Database,
+    kind: Literal["train", "generate", "evaluate", "compose"] = "train",
+    owner: str = "local",
 ) -> str:
     """Queue a small job and return its id."""
     new = store.NewJob(

@@ -1,11 +1,19 @@
 """Adapters to sample with, and the pictures plain diffusers makes of them."""
 
+import contextlib
+import queue
+import threading
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import mkdtemp
 from typing import Any
 
+import numpy
 import pytest
+from PIL import Image
 
+from lookalike_api.sampling.messages import SampleOrder
+from lookalike_platform.errors import InvalidRequest
 from lookalike_registry.adapter_file import LoraCard, LoraShape, save_lora
 
 LIBRARY_WARNINGS = [
@@ -54,7 +62,7 @@ def reference(
     *,
     seed: int,
     num_images: int,
-    sampler: tuple[str, dict[str, Any]],
+    sampler: tuple[str | None, dict[str, Any]],
     adapters: Sequence[tuple[Path, float]] = (),
     **options: Any,
 ) -> list[Any]:
@@ -65,8 +73,9 @@ def reference(
     pipeline = diffusers.DiffusionPipeline.from_pretrained(base, dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     class_name, arguments = sampler
-    scheduler = getattr(diffusers, class_name)
-    pipeline.scheduler = scheduler.from_config(pipeline.scheduler.config, **arguments)
+    if class_name:
+        scheduler = getattr(diffusers, class_name)
+        pipeline.scheduler = scheduler.from_config(pipeline.scheduler.config, **arguments)
     names = [f"adapter_{number}" for number in range(len(adapters))]
     for name, (path, _) in zip(names, adapters, strict=True):
         pipeline.load_lora_weights(path.parent, weight_name=path.name, adapter_name=name)
@@ -90,3 +99,86 @@ def _random_lora(model: Any, shape: LoraShape, seed: int) -> dict[str, Any]:
         else torch.rand(tensor.shape, generator=generator)  # DoRA's lengths
         for name, tensor in get_peft_model_state_dict(model).items()
     }
+
+
+class Orders:
+    """An engine, and what it said of the orders it was given; numbers count from 0."""
+
+    def __init__(self, base: Path, adapter_bytes: int) -> None:
+        from lookalike_api.sampling.engine import Engine
+        from lookalike_api.sampling.loading import Adapters
+        from lookalike_api.sampling.models import ResidentBases
+
+        self.base = base
+        self.folder = Path(mkdtemp(prefix="lookalike-test-"))
+        self.told: list[dict[str, Any]] = []
+        self._said: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+        self._woken = threading.Event()
+        self.engine = Engine(
+            ResidentBases(self.folder),
+            Adapters(adapter_bytes, adapter_bytes),
+            lambda number, answer: self._said.put({"number": number, **answer}),
+            self._woken.set,
+        )
+        self._number = -1
+
+    def send(self, **wanted: Any) -> int:
+        """Send an order, with little of everything unless `wanted` says more; its number."""
+        self._number += 1
+        folder = self.folder / str(self._number)
+        folder.mkdir()
+        plain: dict[str, Any] = {
+            "base_fingerprint": str(self.base),
+            "base_folder": self.base,
+            "device": "cpu",
+            "adapters": (),
+            "prompt": "a dog",
+            "negative_prompt": "",
+            "guidance_scale": 4.0,
+            "steps": 4,
+            "sampler": "ddim",
+            "seed": 5,
+            "width": 64,
+            "height": 64,
+            "num_images": 1,
+            "folder": folder,
+        }
+        order = plain | wanted
+        order["parameters"] = ("{}",) * order["num_images"]
+        self.engine.accept(self._number, SampleOrder(**order))
+        return self._number
+
+    def until(self, *numbers: int) -> list[dict[str, Any]]:
+        """How these orders ended, in this order."""
+        ends: dict[int, dict[str, Any]] = {}
+        while not set(numbers) <= ends.keys():
+            self._woken.clear()
+            busy = self.engine.turn()
+            if not busy:
+                self._woken.wait(0.05)
+            self.collect()
+            ends = {a["number"]: a for a in self.told if a["type"] not in ("begun", "progress")}
+        return [ends[number] for number in numbers]
+
+    def collect(self) -> None:
+        """Add to `told` what was said meanwhile."""
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self.told.append(self._said.get_nowait())
+
+    def pictures(self, number: int) -> list[Any]:
+        """Raises InvalidRequest for an order that ended with a problem."""
+        (end,) = self.until(number)
+        if end["type"] == "error":
+            raise InvalidRequest(end["problem"]["detail"])
+        assert end["type"] == "done", end
+        return [numpy.asarray(Image.open(path)) for path in end["images"]]
+
+    def paint(self, **wanted: Any) -> list[Any]:
+        """The pictures of an order, as arrays [height, width, 3]."""
+        self.told.clear()
+        return self.pictures(self.send(**wanted))
+
+
+def engine_of(base: Path, adapter_bytes: int = 2**30) -> Orders:
+    return Orders(base, adapter_bytes)

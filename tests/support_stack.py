@@ -93,7 +93,7 @@ def _empty_queues(url: str, name: str) -> None:
     try:
         with Connection(url, connect_timeout=3) as connection:
             connection.ensure_connection(max_retries=1, timeout=3)
-            for queue in ("train", "sample", "evaluate"):
+            for queue in ("train", "sample", "evaluate", "compose"):
                 connection.SimpleQueue(queue).clear()
     except OSError as error:
         skip_or_fail(name, error)

@@ -106,6 +106,25 @@ class Client:
     def delete_subject_set(self, set_id: str) -> None:
         self._send("DELETE", f"/v1/subject-sets/{set_id}")
 
+    # Images
+
+    def add_image(self, file: str | Path) -> Json:
+        """Upload a picture to start from, or a mask (white where to paint)."""
+        file = Path(file)
+        with file.open("rb") as opened:
+            parts = {"image": (file.name, opened, _media_type(file))}
+            return self._json("POST", "/v1/images", files=parts)
+
+    def images(self) -> Iterator[Json]:
+        return self._pages("/v1/images")
+
+    def image_file(self, image_id: str) -> bytes:
+        """The image as it is kept: PNG bytes."""
+        return self._send("GET", f"/v1/images/{image_id}/file").content
+
+    def delete_image(self, image_id: str) -> None:
+        self._send("DELETE", f"/v1/images/{image_id}")
+
     # Jobs
 
     def train(
@@ -292,12 +311,19 @@ class Client:
         base: str | None = None,
         negative_prompt: str | None = None,
         guidance_scale: float | None = None,
+        guidance_rescale: float | None = None,
+        guidance_interval: Sequence[float] | None = None,
+        dynamic_threshold: float | None = None,
         steps: int | None = None,
         sampler: str | None = None,
+        eta: float | None = None,
         seed: int | None = None,
         width: int | None = None,
         height: int | None = None,
         num_images: int | None = None,
+        init_image: str | Path | None = None,
+        strength: float | None = None,
+        mask_image: str | Path | None = None,
         wait: float = 0,
         idempotency_key: str | None = None,
     ) -> Json:
@@ -305,6 +331,7 @@ class Client:
 
         Args:
             adapters: `"name"`, `"name@alias"`, `"name@3"` or {"ref": …, "scale": 0.8}.
+            init_image, mask_image: ids of uploaded images, or paths of files to upload.
             wait: seconds to wait for the pictures; the answer's `state` says how far it came.
         """
         body = _given(
@@ -313,12 +340,19 @@ class Client:
             base=base,
             negative_prompt=negative_prompt,
             guidance_scale=guidance_scale,
+            guidance_rescale=guidance_rescale,
+            guidance_interval=None if guidance_interval is None else list(guidance_interval),
+            dynamic_threshold=dynamic_threshold,
             steps=steps,
             sampler=sampler,
+            eta=eta,
             seed=seed,
             width=width,
             height=height,
             num_images=num_images,
+            init_image=self._image_id(init_image),
+            strength=strength,
+            mask_image=self._image_id(mask_image),
         )
         return self._json(
             "POST",
@@ -328,6 +362,12 @@ class Client:
             json=body,
             timeout=self._http.timeout.read + wait if self._http.timeout.read else None,
         )
+
+    def _image_id(self, image: str | Path | None) -> str | None:
+        if image is None or (isinstance(image, str) and image.startswith("img_")):
+            return image
+        uploaded: str = self.add_image(image)["id"]
+        return uploaded
 
     def generation(self, generation_id: str) -> Json:
         return self._json("GET", f"/v1/generations/{generation_id}")
@@ -379,6 +419,37 @@ class Client:
 
     def evaluation(self, evaluation_id: str) -> Json:
         return self._json("GET", f"/v1/evaluations/{evaluation_id}")
+
+    # Compositions
+
+    def compose(
+        self,
+        name: str,
+        parents: Sequence[str | Mapping[str, Any]],
+        *,
+        strategy: str | None = None,
+        options: Mapping[str, Any] | None = None,
+        idempotency_key: str | None = None,
+    ) -> Json:
+        """Merge adapters into a version of `name`: the job, whose `result` names it at the end.
+
+        Args:
+            parents: `"rex@3"` or {"ref": "rex@3", "scale": 0.8}, 2 to 12 of them.
+            strategy: left out, the first that takes all parents (`composition_rules`).
+            options: those the strategy has: rank, density, seed.
+        """
+        body = _given(
+            name=name,
+            parents=[{"ref": p} if isinstance(p, str) else dict(p) for p in parents],
+            strategy=strategy,
+            options=None if options is None else dict(options),
+        )
+        headers = _given(**{"Idempotency-Key": idempotency_key})
+        return self._json("POST", "/v1/compositions", headers=headers, json=body)
+
+    def composition_rules(self) -> Json:
+        """What combines with what, how, and why not."""
+        return self._json("GET", "/v1/compositions/rules")
 
     # What is there
 

@@ -1,7 +1,7 @@
 """The embedded stack: everything Lookalike needs, as children of one process.
 
     the supervisor ─┬─ api      uvicorn
-                    ├─ train    Celery worker of the queues `train` and `evaluate`
+                    ├─ train    Celery worker of the queues `train`, `evaluate` and `compose`
                     └─ sample   Celery worker of the queue `sample`
 
 A home has at most one stack. Its supervisor holds a lock on `<home>/stack.lock`, which the kernel

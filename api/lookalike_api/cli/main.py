@@ -4,7 +4,18 @@ import sys
 
 import typer
 
-from lookalike_api.cli import adapters, bases, demo, doctor, jobs, sampling, services, subjects
+from lookalike_api.cli import (
+    adapters,
+    bases,
+    compositions,
+    demo,
+    doctor,
+    jobs,
+    sampling,
+    services,
+    subjects,
+)
+from lookalike_api.cli.composing import compose
 from lookalike_api.cli.dreambench import dreambench
 from lookalike_api.cli.evaluation import evaluate
 from lookalike_api.cli.output import show_error
@@ -21,10 +32,12 @@ app = typer.Typer(
 app.command()(train)
 app.command()(sampling.sample)
 app.command()(evaluate)
+app.command()(compose)
 app.command()(dreambench)
 app.add_typer(subjects.app, name="subjects")
 app.add_typer(jobs.app, name="jobs")
 app.add_typer(adapters.app, name="adapters")
+app.add_typer(compositions.app, name="compositions")
 app.add_typer(bases.app, name="bases")
 app.command()(services.up)
 app.command()(doctor.doctor)

@@ -11,6 +11,7 @@ STATES = {
     "preparing": "preparing",
     "training": "training",
     "evaluating": "evaluating",
+    "composing": "merging",
     "registering": "registering",
     "sampling": "sampling",
     "succeeded": "done",

@@ -21,12 +21,30 @@ def sample(
     base: Annotated[str | None, typer.Option(help="Left out: the adapters'.")] = None,
     negative: Annotated[str | None, typer.Option(help="What not to paint.")] = None,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale; 1 is none.")] = None,
+    rescale: Annotated[float | None, typer.Option(help="Guidance rescale, 0 to 1.")] = None,
+    interval: Annotated[
+        tuple[float, float] | None, typer.Option(help="Guide from and until: 0.2 0.8")
+    ] = None,
+    threshold: Annotated[
+        float | None, typer.Option(help="Dynamic thresholding's percentile: 0.995")
+    ] = None,
     steps: Annotated[int | None, typer.Option(help="Sampler steps.")] = None,
     sampler: Annotated[str | None, typer.Option(help="GET /v1/samplers lists them.")] = None,
+    eta: Annotated[float | None, typer.Option(help="DDIM's share of noise, 0 to 1.")] = None,
     seed: Annotated[int | None, typer.Option(help="Left out: drawn, and printed.")] = None,
     width: Annotated[int | None, typer.Option()] = None,
     height: Annotated[int | None, typer.Option()] = None,
     number: Annotated[int | None, typer.Option("--number", "-n", help="How many.")] = None,
+    init_image: Annotated[
+        Path | None, typer.Option(exists=True, dir_okay=False, help="A picture to start from.")
+    ] = None,
+    strength: Annotated[
+        float | None, typer.Option(help="How far to go from it, 0 to 1; left out: 0.8.")
+    ] = None,
+    mask: Annotated[
+        Path | None,
+        typer.Option(exists=True, dir_okay=False, help="White where to paint in it."),
+    ] = None,
     out: Annotated[Path, typer.Option(help="Folder for the PNG files.")] = Path(),
     url: Url = None,
     as_json: AsJson = False,
@@ -35,7 +53,7 @@ def sample(
 
     With no API named and none running, an embedded stack runs for as long as this takes.
     """
-    uses = [_use(text) for text in adapters or []]
+    uses = [adapter_use(text) for text in adapters or []]
     with connect_or_start(url) as look:
         made = look.generate(
             prompt,
@@ -43,12 +61,19 @@ def sample(
             base=base,
             negative_prompt=negative,
             guidance_scale=guidance,
+            guidance_rescale=rescale,
+            guidance_interval=interval,
+            dynamic_threshold=threshold,
             steps=steps,
             sampler=sampler,
+            eta=eta,
             seed=seed,
             width=width,
             height=height,
             num_images=number,
+            init_image=init_image,
+            strength=strength,
+            mask_image=mask,
         )
         follow(look, made["id"], quiet=as_json)
         made = look.generation(made["id"])
@@ -58,7 +83,7 @@ def sample(
     show({**made, "files": files}, as_json, lambda: _listing(made, files))
 
 
-def _use(text: str) -> dict[str, Any]:
+def adapter_use(text: str) -> dict[str, Any]:
     """ "rex@2:0.8" → {"ref": "rex@2", "scale": 0.8}."""
     ref, colon, scale = text.partition(":")
     if not colon:
@@ -66,7 +91,7 @@ def _use(text: str) -> dict[str, Any]:
     try:
         return {"ref": ref, "scale": float(scale)}
     except ValueError:
-        raise InvalidRequest(f"The scale of --adapter {text} is not a number: rex:0.8") from None
+        raise InvalidRequest(f"The scale of {text} is not a number: rex:0.8") from None
 
 
 def _listing(made: Json, files: list[str]) -> Any:

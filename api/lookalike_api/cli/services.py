@@ -63,17 +63,26 @@ def api(host: Host = None, port: Port = None) -> None:
 
 def worker(
     queue: Annotated[
-        Queue, typer.Option(help="Train adapters (and evaluate them), or sample pictures.")
+        Queue, typer.Option(help="Train adapters (evaluate and merge them), or sample pictures.")
     ],
 ) -> None:
-    """Run one Celery worker; it takes one job at a time."""
+    """Run one Celery worker. One that trains takes a job at a time, one that samples many."""
     from lookalike_platform.celery_app import app
 
     setup_logging()
+    at_once = read_settings().sample_concurrency if queue is Queue.sample else 1
+    if queue is Queue.sample:
+        from lookalike_api.sampling.task import listen
+
+        listen()
     modules, queues = {
         Queue.train: (
-            ["lookalike_trainers.task", "lookalike_trainers.evaluation.task"],
-            ["train", "evaluate"],
+            [
+                "lookalike_trainers.task",
+                "lookalike_trainers.evaluation.task",
+                "lookalike_trainers.composition.task",
+            ],
+            ["train", "evaluate", "compose"],
         ),
         Queue.sample: (["lookalike_api.sampling.task"], ["sample"]),
     }[queue]
@@ -82,7 +91,7 @@ def worker(
         [
             "worker",
             "--pool=threads",
-            "--concurrency=1",
+            f"--concurrency={at_once}",
             f"--queues={','.join(queues)}",
             f"--hostname={queue}-{os.getpid()}@%h",
             "--without-gossip",

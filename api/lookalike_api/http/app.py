@@ -10,9 +10,11 @@ from starlette.concurrency import run_in_threadpool
 from lookalike_api.http import (
     adapters,
     catalog,
+    compositions,
     evaluations,
     generations,
     health,
+    images,
     imports,
     jobs,
     openapi,
@@ -30,15 +32,17 @@ from lookalike_platform.settings import Settings, get_settings
 JSON_BYTES = 2**20  # of any body that is not an upload
 FORM_BYTES = 2**20  # of what a form holds beside its files
 
-UPLOADS = (subject_sets.router.prefix, imports.router.prefix)
+UPLOADS = (subject_sets.router.prefix, imports.router.prefix, images.router.prefix)
 
 ROUTERS = [
     subject_sets.router,
     jobs.router,
     adapters.router,
     imports.router,
+    images.router,
     generations.router,
     evaluations.router,
+    compositions.router,
     catalog.router,
     health.router,
 ]

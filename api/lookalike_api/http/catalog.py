@@ -5,7 +5,7 @@ from pydantic import BaseModel
 
 from lookalike_api.http.context import Lookalike
 from lookalike_api.http.shapes import Json
-from lookalike_api.sampling.admission import side_multiple
+from lookalike_api.sampling.sizes import side_multiple
 from lookalike_platform import bases
 from lookalike_platform.samplers import SAMPLERS
 from lookalike_trainers.catalog import METHODS
@@ -42,10 +42,10 @@ class Methods(BaseModel):
 
 
 class SamplerView(BaseModel):
-    """A sampler by its name here, and the class of diffusers behind it."""
+    """A sampler by its name here, and the class of diffusers behind it; null is the base's own."""
 
     name: str
-    scheduler: str
+    scheduler: str | None
     options: Json
 
 

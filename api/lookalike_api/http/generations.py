@@ -14,8 +14,10 @@ from lookalike_api.http import submission
 from lookalike_api.http.context import Context, Id, IdempotencyKey, Lookalike, Owner
 from lookalike_api.http.problems import documented
 from lookalike_api.http.shapes import Json, Moment, Parameters
+from lookalike_api.sampling import direct
 from lookalike_api.sampling.admission import admit
-from lookalike_api.sampling.requests import GenerateJob, GenerationRequest
+from lookalike_api.sampling.limits import check_room
+from lookalike_api.sampling.requests import GenerateJob, GenerationRequest, PinnedImage
 from lookalike_platform.db.tables import Job
 from lookalike_platform.errors import Conflict, FieldProblem, InvalidRequest, NotFound
 from lookalike_platform.jobs import store
@@ -59,12 +61,21 @@ class GenerationView(BaseModel):
     base: str
     base_fingerprint: str
     guidance_scale: float
+    guidance_rescale: float
+    guidance_interval: tuple[float, float]
+    dynamic_threshold: float | None
     steps: int
     sampler: str
+    eta: float
     seed: int
     width: int
     height: int
     num_images: int
+    deterministic: bool
+    deadline_seconds: float | None
+    init_image: PinnedImage | None
+    strength: float | None
+    mask_image: PinnedImage | None
     warnings: list[str]
     progress: Json
     images: list[ImageMade]
@@ -86,7 +97,7 @@ class Wait(Parameters):
     response_model=GenerationView,
     responses={
         200: {"model": GenerationView, "description": "finished within `wait`"},
-        **documented(413, 422),
+        **documented(413, 422, 429),
     },
 )
 async def generate(
@@ -103,6 +114,7 @@ async def generate(
         raise InvalidRequest("The wait is too long.", [FieldProblem("wait", message)])
 
     def queue(session: Session) -> Json:
+        check_room(session, owner, context.settings)
         job, base = admit(session, owner, context.settings, wanted)
         new = NewJob(
             owner=owner,
@@ -115,6 +127,8 @@ async def generate(
 
     asked = {"generation": wanted.model_dump(mode="json")}
     answer = await run_in_threadpool(submission.submit, context, owner, key, asked, queue)
+    if context.settings.sampler_url and not answer.replayed:
+        await run_in_threadpool(direct.call, context.settings.sampler_url)
     if query.wait:
         id = answer.body["id"]
         job = await _finished(request, context, owner, id, time.monotonic() + query.wait)

@@ -33,7 +33,7 @@ class JobView(View):
     """
 
     id: str
-    kind: Literal["train", "generate", "evaluate"]
+    kind: Literal["train", "generate", "evaluate", "compose"]
     state: str
     method: str | None
     concept: str | None
@@ -57,7 +57,7 @@ class JobPage(Page):
 
 class JobFilters(Paging):
     state: str | None = Field(default=None, pattern=r"^\w{1,40}$")
-    kind: Literal["train", "generate", "evaluate"] | None = None
+    kind: Literal["train", "generate", "evaluate", "compose"] | None = None
     method: str | None = Field(default=None, pattern=r"^[\w-]{1,40}$")
 
 

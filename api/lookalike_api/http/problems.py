@@ -20,6 +20,7 @@ from lookalike_platform.errors import (
     LookalikeError,
     NotFound,
     TooLarge,
+    TooMany,
 )
 
 log = logging.getLogger(__name__)
@@ -54,6 +55,7 @@ EXAMPLES = {
         "1 value of the request is wrong.",
         [FieldProblem("config.rank", "Input should be greater than or equal to 1 (got -4)")],
     ),
+    429: TooMany("200 of your generations are waiting, which is as many as may.", retry_after=3),
     501: CapabilityMissing("DoRA in kohya's spelling: export it as diffusers"),
     503: NotReady("the broker does not answer (connection refused); start it, or …"),
 }
@@ -84,6 +86,8 @@ def install(app: FastAPI) -> None:
 
 
 def respond(error: LookalikeError, headers: Mapping[str, str] | None = None) -> Response:
+    if isinstance(error, TooMany):
+        headers = {"Retry-After": str(error.retry_after)}
     # ASCII, because a refused value may hold what UTF-8 cannot (a lone surrogate).
     body = json.dumps(error.problem()).encode("ascii")
     return Response(body, error.status, headers=headers, media_type=MEDIA_TYPE)

@@ -1,72 +1,340 @@
-"""From a scene to its pictures, a batch at a time. Imports torch."""
+"""Many orders at once: one call of the denoiser a step for all that can share it. Imports torch.
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
+order ──→ waiting ──→ group ──→ batch, step by step ──→ pictures
+          its base      same base, latent size and
+          and adapters  whole-base adapters; whatever
+          load          rows wear, and how they walk
+
+A group takes more orders in before any step (continuous batching) while their pixels fit. Groups
+take turns. To change what a whole base wears takes time, so that it happens only after `STRETCH`
+turns, if others wait for it.
+"""
+
+import time
+import traceback
+from collections import deque
+from collections.abc import Callable, Hashable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import Any
 
 import torch
-from PIL import Image
 
-from lookalike_api.sampling.models import ResidentBase
-from lookalike_platform.conditioning import Text
-from lookalike_platform.diffusion import decode, denoise, noise
-from lookalike_platform.samplers import make_sampler
+from lookalike_api.sampling.loading import Adapters, Wanted, acts_on_rows
+from lookalike_api.sampling.messages import AdapterFile, SampleOrder
+from lookalike_api.sampling.models import ResidentBase, ResidentBases
+from lookalike_api.sampling.painting import Batch, Painting, by_layer
+from lookalike_api.sampling.pictures import save
+from lookalike_platform.conditioning import predict
+from lookalike_platform.diffusion import decode
+from lookalike_platform.errors import LookalikeError
+from lookalike_platform.jobs.reaper import LATE
+from lookalike_trainers.methods.row_edits import Slot
 
 # Pictures made at once hold about this many pixels: 16 of 256 x 256, or 4 of 512 x 512.
 BATCH_PIXELS = 2**20
+STRETCH = 32
+
+Say = Callable[[int, dict[str, Any]], None]
+"""Called with an order's number and what is to be said of it; see messages.py. From any thread."""
 
 
-@dataclass(frozen=True)
-class Scene:
-    """What to paint: prompt and negative prompt, one row each; width and height in pixels.
+@dataclass(eq=False)
+class Group:
+    """Batches that can share a call of the denoiser: those in it, and those that will join."""
 
-    Image i starts from the noise of seed `seed + i`.
+    base: ResidentBase
+    worn: tuple[AdapterFile, ...]
+    waiting: deque[Batch] = field(default_factory=deque)
+    acting: list[Batch] = field(default_factory=list)
+    served: int = 0
+    """The turn it had last."""
+
+    @property
+    def batches(self) -> list[Batch]:
+        return [*self.acting, *self.waiting]
+
+
+class Engine:
+    """Orders come in by `accept`; each `turn` brings some of them a step further.
+
+    All of it in one thread, except that adapters load and files are written beside it.
+
+    wake: called, from any thread, when there may be something to do again.
     """
 
-    text: Text
-    blank: Text
-    guidance_scale: float
-    steps: int
-    sampler: str
-    seed: int
-    width: int
-    height: int
-    num_images: int
+    def __init__(
+        self, bases: ResidentBases, adapters: Adapters, say: Say, wake: Callable[[], None]
+    ) -> None:
+        self._bases, self.adapters, self._say, self._wake = bases, adapters, say, wake
+        self._orders: deque[tuple[int, SampleOrder]] = deque()
+        self._loading: list[Painting] = []
+        self._groups: dict[Hashable, Group] = {}
+        self._turns = 0
+        self._stretch = 0
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="writer")
+
+    def accept(self, number: int, order: SampleOrder) -> None:
+        self._orders.append((number, order))
+        self._let_in()
+
+    def cancel(self, number: int) -> None:
+        """Between two steps; harmless for an order that is at its end."""
+        waiting = len(self._orders)
+        self._orders = deque(pair for pair in self._orders if pair[0] != number)
+        if len(self._orders) < waiting:
+            self._say(number, {"type": "canceled"})
+        for painting in self._paintings():
+            if painting.number == number:
+                self._end(painting, {"type": "canceled"})
+
+    def turn(self) -> bool:
+        """One step of one group; whether there was anything to do."""
+        self._let_in()
+        self._group_loaded()
+        group = self._next()
+        if group is None:
+            return False
+        self._turns += 1
+        group.served = self._turns
+        try:
+            with torch.inference_mode(False):
+                group.base.wear(group.worn)
+        except Exception as error:
+            for batch in group.batches:
+                self._end(batch.painting, told(error))
+            return True
+        self._join(group)
+        if group.acting:
+            with torch.inference_mode():
+                self._step(group)
+        return True
+
+    @property
+    def active(self) -> int:
+        """Orders that are in a batch."""
+        batches = [batch for group in self._groups.values() for batch in group.acting]
+        return len({batch.painting for batch in batches})
+
+    def _let_in(self) -> None:
+        """Orders in turn, as far as there is room in memory for their bases and adapters."""
+        while self._orders:
+            number, order = self._orders[0]
+            try:
+                painting = self._opened(number, order)
+            except Exception as error:
+                self._say(number, told(error))
+            else:
+                if painting is None:
+                    return
+                self._loading.append(painting)
+            self._orders.popleft()
+
+    def _opened(self, number: int, order: SampleOrder) -> Painting | None:
+        """With its base there and its adapters pinned and loading; None while there is no room."""
+        in_use = [painting.base for painting in self._paintings()]
+        base = self._bases.get(order.base_fingerprint, order.base_folder, order.device, in_use)
+        if base is None:
+            return None
+        by_row = [file for file in order.adapters if acts_on_rows(file)]
+        whole = tuple(file for file in order.adapters if file not in by_row)
+        painting = Painting(number, order, base, whole, alone=order.alone)
+        cache = self.adapters.of(base)
+        try:
+            for file in by_row:
+                kept = cache.take(Wanted(file.digest, order.base_fingerprint, file, base))
+                if kept is None:
+                    self._give_back(painting)
+                    return None
+                painting.taken.append((file, kept))
+        except BaseException:
+            self._give_back(painting)
+            raise
+        for _, kept in painting.taken:
+            kept.value.add_done_callback(lambda _: self._wake())
+        return painting
+
+    def _group_loaded(self) -> None:
+        for painting in [painting for painting in self._loading if painting.loaded]:
+            self._loading.remove(painting)
+            try:
+                self._group(painting)
+            except Exception as error:
+                self._end(painting, told(error))
+
+    def _group(self, painting: Painting) -> None:
+        """Raises what loading an adapter raised."""
+        order = painting.order
+        whole = [(file, kept) for file, kept in painting.taken if kept.value.result() is None]
+        for pair in whole:  # not to be told apart by rows after all
+            painting.taken.remove(pair)
+            self.adapters.of(painting.base).give_back(pair[1])
+        painting.worn += tuple(file for file, _ in whole)
+        painting.split(max(1, BATCH_PIXELS // (order.width * order.height)))
+        self._queue(painting)
+
+    def _queue(self, painting: Painting) -> None:
+        order, base = painting.order, painting.base
+        mine = painting.number if painting.alone else None
+        key = (base, painting.worn, order.width, order.height, mine)
+        group = self._groups.setdefault(key, Group(base, painting.worn))
+        group.waiting.extend(painting.batches)
+
+    def _next(self) -> Group | None:
+        """The group whose last turn is longest ago, of those for which nothing is to be changed."""
+        self._groups = {key: group for key, group in self._groups.items() if group.batches}
+        groups = sorted(self._groups.values(), key=lambda group: group.served)
+        ready = [group for group in groups if group.base.worn == group.worn]
+        if ready and (len(ready) == len(groups) or self._stretch < STRETCH):
+            self._stretch += 1
+            return ready[0]
+        self._stretch = 0
+        others = [group for group in groups if group not in ready]
+        return next(iter(others), None)
+
+    def _join(self, group: Group) -> None:
+        while group.waiting:
+            pixels = sum(batch.pixels for batch in group.acting)
+            batch = group.waiting[0]
+            if group.acting and pixels + batch.pixels > BATCH_PIXELS:
+                break
+            group.waiting.popleft()
+            painting = batch.painting
+            try:
+                _check_deadline(painting.order)
+                with torch.inference_mode():
+                    painting.begin(batch)
+            except Exception as error:
+                self._end(painting, told(error))
+                continue
+            self._say(painting.number, {"type": "begun"})
+            group.acting.append(batch)
+        # Rows that wear the same stand together.
+        outfits = [batch.outfit for batch in group.acting]
+        group.acting.sort(key=lambda batch: outfits.index(batch.outfit))
+
+    def _step(self, group: Group) -> None:
+        asked = [batch.asked() for batch in group.acting]
+        try:
+            group.base.edits.put_on(merged([one.slot for one in asked]))
+            said = predict(
+                group.base.unet,
+                torch.cat([one.seen for one in asked]),
+                torch.cat([one.timesteps for one in asked]),
+                by_layer([one.text for one in asked]),
+            ).split([len(one.seen) for one in asked])
+        except Exception as error:
+            self._apart(group, error)
+            return
+        for batch, prediction in zip(list(group.acting), said, strict=True):
+            walk = batch.walk
+            assert walk is not None
+            try:
+                if walk.guided:
+                    unconditional, conditional = prediction.chunk(2)
+                    walk.answer(conditional, unconditional)
+                else:
+                    walk.answer(prediction)
+            except Exception as error:
+                self._end(batch.painting, told(error))
+        self._tell(group)
+        self._decode(group)
+
+    def _apart(self, group: Group, error: Exception) -> None:
+        """A step failed, for the sake of one of them perhaps: each goes on in a batch of its own.
+
+        Their walks stand where they stood before it.
+        """
+        paintings = {batch.painting for batch in group.acting}
+        if len(paintings) == 1:
+            self._end(paintings.pop(), told(error))
+            return
+        for painting in paintings:
+            painting.alone = True
+            mine = [batch for batch in group.batches if batch.painting is painting]
+            self._remove(painting)
+            key = (group.base, group.worn, painting.number)
+            own = self._groups.setdefault(key, Group(group.base, group.worn))
+            own.acting += [batch for batch in mine if batch.walk]
+            own.waiting += [batch for batch in mine if not batch.walk]
+
+    def _tell(self, group: Group) -> None:
+        for painting in {batch.painting: None for batch in group.acting}:
+            step, total = painting.steps()
+            self._say(painting.number, {"type": "progress", "step": step, "total": total})
+
+    def _decode(self, group: Group) -> None:
+        """Pictures of the walks that are at their end, all in one call of the autoencoder."""
+        ready = [batch for batch in group.acting if batch.walk and batch.walk.done]
+        if not ready:
+            return
+        group.acting = [batch for batch in group.acting if batch not in ready]
+        latents = torch.cat([batch.walk.latents for batch in ready if batch.walk])
+        pictures = iter(decode(group.base.vae, latents))
+        for batch in ready:
+            batch.pictures = [next(pictures) for _ in batch.numbers]
+            if batch.painting.done:
+                self._finish(batch.painting)
+
+    def _finish(self, painting: Painting) -> None:
+        pictures = [picture for batch in painting.batches for picture in batch.pictures]
+        order, warnings = painting.order, painting.warnings
+        self._remove(painting)
+        self._give_back(painting)
+
+        def write() -> None:
+            try:
+                images = save(pictures, order)
+            except Exception as error:
+                self._say(painting.number, told(error))
+            else:
+                done = {"type": "done", "images": images, "warnings": warnings}
+                self._say(painting.number, done)
+
+        self._writer.submit(write)
+
+    def _end(self, painting: Painting, answer: dict[str, Any]) -> None:
+        """An end without pictures."""
+        self._remove(painting)
+        self._give_back(painting)
+        self._say(painting.number, answer)
+
+    def _paintings(self) -> set[Painting]:
+        grouped = {b.painting for group in self._groups.values() for b in group.batches}
+        return {*self._loading, *grouped}
+
+    def _remove(self, painting: Painting) -> None:
+        if painting in self._loading:
+            self._loading.remove(painting)
+        for group in self._groups.values():
+            group.acting = [batch for batch in group.acting if batch.painting is not painting]
+            group.waiting = deque(b for b in group.waiting if b.painting is not painting)
+
+    def _give_back(self, painting: Painting) -> None:
+        cache = self.adapters.of(painting.base)
+        while painting.taken:
+            cache.give_back(painting.taken.pop()[1])
 
 
-def paint(
-    base: ResidentBase, scene: Scene, on_step: Callable[[int, int], None]
-) -> list[Image.Image]:
-    """The scene's pictures.
-
-    Args:
-        on_step: called with (steps done, steps in all) after each step; what it raises ends it.
-    """
-    at_once = max(1, BATCH_PIXELS // (scene.width * scene.height))
-    batches = [
-        range(first, min(first + at_once, scene.num_images))
-        for first in range(0, scene.num_images, at_once)
-    ]
-    total = scene.steps * len(batches)
-    pictures: list[Image.Image] = []
-    height, width = scene.height // base.vae_scale, scene.width // base.vae_scale
-    with torch.inference_mode():
-        for number, batch in enumerate(batches):
-            drawn, generators = noise([scene.seed + i for i in batch], base.channels, height, width)
-            latents = denoise(
-                base.unet,
-                make_sampler(scene.sampler, base.scheduler_config),
-                drawn.to(base.device, base.dtype),
-                generators,
-                scene.text,
-                scene.blank,
-                steps=scene.steps,
-                guidance_scale=scene.guidance_scale,
-                on_step=partial(_count, on_step, number * scene.steps, total),
-            )
-            pictures += decode(base.vae, latents)
-    return pictures
+def merged(slots: list[Slot]) -> list[Slot]:
+    """Neighbours that wear the same as one slot."""
+    whole = []
+    for outfit, same in groupby(slots, key=lambda slot: slot.outfit):
+        parts = list(same)
+        answers = {name: torch.cat([p.answers[name] for p in parts]) for name in parts[0].answers}
+        whole.append(Slot(outfit, sum(part.rows for part in parts), answers))
+    return whole
 
 
-def _count(on_step: Callable[[int, int], None], before: int, total: int, step: int) -> None:
-    on_step(before + step, total)
+def told(error: BaseException) -> dict[str, Any]:
+    """What is said of an order that ends with this error."""
+    if isinstance(error, LookalikeError):
+        return {"type": "error", "problem": error.problem()}
+    traceback.print_exception(error)
+    return {"type": "crash", "detail": f"{type(error).__name__}: {error}"}
+
+
+def _check_deadline(order: SampleOrder) -> None:
+    if order.deadline is not None and time.time() > order.deadline:
+        raise LookalikeError(LATE)

@@ -1,15 +1,19 @@
 """What the sampling service and its resident process say to each other, one JSON object a line.
 
     service → process   {"op": "sample", "number", "order": SampleOrder}
-                        {"op": "cancel", "number"}              this order and all before it
-    process → service   {"number", "type": "progress", "step", "total"}
+                        {"op": "cancel", "number"}
+    process → service   {"number", "type": "begun"}             some of its rows are in a batch
+                        {"number", "type": "progress", "step", "total"}
                         {"number", "type": "done", "images": [paths], "warnings": [texts]}
                         {"number", "type": "canceled"}
                         {"number", "type": "error", "problem"}  a problem the user can act on
                         {"number", "type": "crash", "detail"}   a defect; the process lives on
+                        {"number", "type": "metrics", "figures"}
 
-Orders are numbered from 1 and carried out one after the other. The end of standard input means
-that the service is gone, and ends the process.
+Orders are numbered from 1 and carried out together; what is said is of the order of that number.
+"metrics" are figures of the process as a whole, by their names in `metrics.py`, and come after
+each end of an order. The end of standard input means that the service is gone, and ends the
+process.
 """
 
 from dataclasses import asdict, dataclass
@@ -32,12 +36,19 @@ class AdapterFile:
     word: str = ""
 
 
+PATHS = ("base_folder", "folder", "init_image", "mask_image")
+
+
 @dataclass(frozen=True)
 class SampleOrder:
     """Pictures to make, with nothing left to look up; sizes in pixels.
 
     Image i has seed `seed + i` and is written to `folder` as `i.png`, carrying `parameters[i]`
     as text.
+
+    alone: in a batch of its own, so that its pictures are the same to the bit each time
+    deadline: seconds since the epoch, after which it is not begun; None is never
+    init_image, mask_image: PNG files; `strength` goes with the former
     """
 
     base_fingerprint: str
@@ -55,10 +66,20 @@ class SampleOrder:
     num_images: int
     folder: Path
     parameters: tuple[str, ...]
+    alone: bool = False
+    deadline: float | None = None
+    guidance_rescale: float = 0.0
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    dynamic_threshold: float | None = None
+    eta: float = 0.0
+    init_image: Path | None = None
+    strength: float | None = None
+    mask_image: Path | None = None
 
     def to_json(self) -> dict[str, Any]:
         plain = asdict(self)
-        plain["base_folder"], plain["folder"] = str(self.base_folder), str(self.folder)
+        for name in PATHS:
+            plain[name] = plain[name] and str(plain[name])
         for adapter in plain["adapters"]:
             adapter["path"] = str(adapter["path"])
         return plain
@@ -73,8 +94,8 @@ class SampleOrder:
             **{
                 **plain,
                 "adapters": adapters,
-                "base_folder": Path(plain["base_folder"]),
-                "folder": Path(plain["folder"]),
+                **{name: plain[name] and Path(plain[name]) for name in PATHS},
                 "parameters": tuple(plain["parameters"]),
+                "guidance_interval": tuple(plain["guidance_interval"]),
             }
         )

@@ -1,7 +1,8 @@
-"""Base models kept in memory with what they wear, the most recently used ones. Imports torch."""
+"""Base models kept in memory, the most recently used ones. Imports torch."""
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,16 +10,15 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
 
-from lookalike_api.sampling.loras import ResidentLoras
+from lookalike_api.sampling.loading import check, method_of
 from lookalike_api.sampling.messages import AdapterFile
 from lookalike_datasets.features.text import tokenize
 from lookalike_platform.conditioning import Text, encode
-from lookalike_registry.adapter_file import check_against_base
-from lookalike_registry.safetensors_header import read_header
-from lookalike_registry.tensor_file import METHOD_KEY, check_tensors
 from lookalike_trainers.base_parts import spell
 from lookalike_trainers.methods.find import wear_of
 from lookalike_trainers.methods.method import TakeOff
+from lookalike_trainers.methods.row_adapter import RowAdapter
+from lookalike_trainers.methods.row_edits import RowEdits
 
 MAX_BASES = 2
 MAX_TEXTS = 256
@@ -31,22 +31,44 @@ class ResidentBases:
         self._cache = cache
         self._bases: OrderedDict[tuple[str, str], ResidentBase] = OrderedDict()
 
-    def get(self, fingerprint: str, folder: Path, device: str) -> "ResidentBase":
+    def get(
+        self, fingerprint: str, folder: Path, device: str, in_use: Sequence["ResidentBase"] = ()
+    ) -> "ResidentBase | None":
+        """The base, loaded if it is not there; None while those in use leave no room for it."""
         key = (fingerprint, device)
         if key not in self._bases:
-            while len(self._bases) >= MAX_BASES:
-                self._bases.popitem(last=False)
+            for other in [k for k, base in self._bases.items() if base not in in_use]:
+                if len(self._bases) < MAX_BASES:
+                    break
+                del self._bases[other]
+            if len(self._bases) >= MAX_BASES:
+                return None
             self._bases[key] = ResidentBase(folder, device, self._cache)
         self._bases.move_to_end(key)
         return self._bases[key]
 
 
-class ResidentBase:
-    """One base model on its device, with the adapters and texts used last.
+@dataclass(frozen=True)
+class Dressed:
+    """An adapter in memory that acts on single rows, as one request has it."""
 
-    LoRAs stay in it once they are loaded (`loras.py`); what other methods change is put on and
-    taken off again (`trainers/methods`). diffusers' pipeline holds the parts; what it is not used
-    for is sampling.
+    adapter: RowAdapter
+    file: AdapterFile
+
+
+@dataclass(frozen=True)
+class Read:
+    """A prompt as the text encoders read it, one row, and how many tokens long it is."""
+
+    text: Text
+    tokens: int
+
+
+class ResidentBase:
+    """One base model on its device, with the texts used last.
+
+    Adapters act on single rows of a batch (`edits`); those that cannot are worn by the base as a
+    whole (`wear`). diffusers' pipeline holds the parts; what it is not used for is sampling.
     """
 
     def __init__(self, folder: Path, device: str, cache: Path | None = None) -> None:
@@ -71,75 +93,75 @@ class ResidentBase:
         self.vae_scale: int = pipeline.vae_scale_factor
         self.resolution: int = self.unet.config.sample_size * self.vae_scale
         self.channels: int = self.unet.config.in_channels
+        self.edits = RowEdits(self.unet)
         self._silent_blank = bool(pipeline.config.get("force_zeros_for_empty_prompt"))
-        self._loras = ResidentLoras(pipeline, folder)
-        self._texts: OrderedDict[tuple[object, ...], Text] = OrderedDict()
+        self._texts: OrderedDict[tuple[object, ...], Read] = OrderedDict()
         self._worn: list[tuple[AdapterFile, TakeOff]] = []
-        self._acting_on_text: tuple[tuple[str, float, str], ...] = ()
 
     def wear(self, adapters: Sequence[AdapterFile]) -> None:
-        """Make exactly these adapters act, each at its scale, loading those not in memory.
+        """Make the whole base wear exactly these, each at its scale.
 
         Raises:
-            InvalidRequest: a file does not fit this base, or not all of it could be loaded.
+            InvalidRequest: a file does not fit this base; it wears nothing then.
         """
-        others = [adapter for adapter in adapters if _method(adapter) is not None]
-        if [adapter for adapter, _ in self._worn] != others:
+        if self.worn == tuple(adapters):
+            return
+        while self._worn:
+            self._worn.pop()[1]()
+        try:
+            for adapter in adapters:
+                check(adapter, self.folder)
+                put_on = wear_of(method_of(adapter.path))
+                self._worn.append(
+                    (adapter, put_on(self, adapter.path, adapter.scale, adapter.word))
+                )
+        except BaseException:
             while self._worn:
                 self._worn.pop()[1]()
-            for adapter in others:
-                self._worn.append((adapter, self._put_on(adapter)))
-        self._loras.wear([adapter for adapter in adapters if adapter not in others])
-        self._acting_on_text = tuple(
-            (adapter.digest, adapter.scale, adapter.word)
-            for adapter in adapters
-            if adapter in others or self._loras.changes_text(adapter.digest)
-        )
+            raise
 
-    def embed(self, text: str) -> Text:
-        """A prompt, one row, under the adapters worn now."""
-        key = (text, self._acting_on_text)
+    @property
+    def worn(self) -> tuple[AdapterFile, ...]:
+        return tuple(adapter for adapter, _ in self._worn)
+
+    def read(self, text: str, dressed: Sequence[Dressed]) -> Read:
+        """A prompt under what the base wears now and what its own rows wear."""
+        on_text = [one for one in dressed if one.adapter.text]
+        files = [*self.worn, *(one.file for one in on_text)]
+        key = (text, tuple((file.digest, file.scale, file.word) for file in files))
         if key not in self._texts:
-            spelled = spell(text, self.learned)
-            ids = torch.stack([tokenize(t, [spelled]) for t in self.tokenizers], dim=1)
-            with torch.inference_mode():
-                self._texts[key] = encode(self.text_encoders, ids.to(self.device), self.resolution)
+            take_off: list[TakeOff] = []
+            try:
+                for one in on_text:
+                    wear_text, file = one.adapter.wear_text, one.file
+                    take_off.append(wear_text(self, one.adapter.text, file.scale, file.word))
+                self._texts[key] = self._read(text)
+            finally:
+                while take_off:
+                    take_off.pop()()
             while len(self._texts) > MAX_TEXTS:
                 self._texts.popitem(last=False)
         self._texts.move_to_end(key)
         return self._texts[key]
 
-    def embed_negative(self, text: str) -> Text:
+    def read_negative(self, text: str, dressed: Sequence[Dressed]) -> Read:
         """A negative prompt; the empty one of SDXL is nothing at all, as diffusers has it."""
-        embedded = self.embed(text)
-        return embedded.silenced() if self._silent_blank and not text else embedded
+        read = self.read(text, dressed)
+        if self._silent_blank and not text:
+            return Read(read.text.silenced(), read.tokens)
+        return read
 
     @property
     def max_tokens(self) -> int:
         """Tokens the text encoders read, start and end marks included."""
         return min(int(tokenizer.model_max_length) for tokenizer in self.tokenizers)
 
-    def tokens(self, text: str) -> int:
-        """Tokens of a prompt before any is cut off, start and end marks included."""
+    def _read(self, text: str) -> Read:
         spelled = spell(text, self.learned)
-        return max(len(tokenizer(spelled).input_ids) for tokenizer in self.tokenizers)
-
-    def _put_on(self, adapter: AdapterFile) -> TakeOff:
-        method = _method(adapter)
-        assert method is not None
-        ours = METHOD_KEY in read_header(adapter.path).metadata
-        (check_tensors if ours else check_against_base)(adapter.path, self.folder)
-        return wear_of(method)(self, adapter.path, adapter.scale, adapter.word)
-
-
-def _method(adapter: AdapterFile) -> str | None:
-    """The method that puts the file on; None for a LoRA, which stays loaded.
-
-    A DoRA does not: PEFT scales its B A and leaves its lengths, so that 0 would not be the base.
-    """
-    header = read_header(adapter.path)
-    dora = any("lora_magnitude_vector" in key for key in header.tensors)
-    return header.metadata.get(METHOD_KEY, "lora" if dora else None)
+        ids = torch.stack([tokenize(t, [spelled]) for t in self.tokenizers], dim=1)
+        with torch.inference_mode():
+            encoded = encode(self.text_encoders, ids.to(self.device), self.resolution)
+        return Read(encoded, max(len(t(spelled).input_ids) for t in self.tokenizers))
 
 
 def _present(pipeline: Any, *names: str) -> list[Any]:

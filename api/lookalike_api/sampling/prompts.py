@@ -6,10 +6,14 @@ An adapter that learned tokens answers to a word that is its own alone: two owne
 subjects the same. Its trigger in a prompt is written as that word, so both of these mean the same:
 
 "<rex> on the moon", "a sks dog on the moon"  →  "adv_… dog on the moon", "a adv_… dog on the moon"
+
+A merged version answers to the names of all its subjects, and to its own as all of them:
+
+"<rex> meets <fido>"  →  "adv_… dog meets adv_…-2 dog",    "<duo>"  →  "adv_… dog and adv_…-2 dog"
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from lookalike_platform.errors import FieldProblem, InvalidRequest
@@ -35,17 +39,22 @@ class Subject:
         return self.phrase.format(trigger=self.word or self.trigger, class_noun=self.class_noun)
 
 
-def bind(prompt: str, subjects: Sequence[Subject]) -> tuple[str, list[str]]:
+def bind(
+    prompt: str, subjects: Sequence[Subject], groups: Mapping[str, Sequence[Subject]] | None = None
+) -> tuple[str, list[str]]:
     """The prompt for the text encoder, and warnings about adapters it does not speak to.
+
+    Args:
+        groups: names that stand for several of the subjects at once.
 
     Raises:
         InvalidRequest: `<name>` of an adapter that is not in the request, or a trigger that
             more than one of them answers to.
     """
-    by_name = {subject.name: subject for subject in subjects}
-    named = set(NAME.findall(prompt))
-    if unknown := sorted(named - by_name.keys()):
-        listed = ", ".join(f"<{name}>" for name in by_name) or "none"
+    known = {subject.name: [subject] for subject in subjects} | dict(groups or {})
+    said = set(NAME.findall(prompt))
+    if unknown := sorted(said - known.keys()):
+        listed = ", ".join(f"<{name}>" for name in known) or "none"
         raise InvalidRequest(
             "The prompt names a subject the request brings no adapter for.",
             [
@@ -61,7 +70,8 @@ def bind(prompt: str, subjects: Sequence[Subject]) -> tuple[str, list[str]]:
     for subject in subjects:
         if subject.word:
             prompt = _mention(subject.trigger).sub(subject.word, prompt)
-    bound = NAME.sub(lambda match: by_name[match[1]].spoken(), prompt)
+    bound = NAME.sub(lambda match: " and ".join(s.spoken() for s in known[match[1]]), prompt)
+    named = {subject.name for name in said for subject in known[name]}
     return bound, _unheard(bound, named, subjects) + _alike(subjects)
 
 

@@ -3,7 +3,7 @@
 import json
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from lookalike_platform.samplers import SAMPLERS
 
@@ -12,6 +12,9 @@ MAX_PIXELS = 2**24  # of all pictures of a request together
 MAX_IMAGES = 16
 MAX_ADAPTERS = 8
 MAX_SEED = 2**32 - 1
+STRENGTH = 0.8  # of image-to-image where none is given, and of inpainting
+MASK_STRENGTH = 1.0
+IMAGE_ID = r"^img_[0-9a-z]{1,40}$"
 
 
 class Strict(BaseModel):
@@ -69,13 +72,42 @@ class GenerationRequest(Strict):
     """Left out: the adapters' base, or the installation's default."""
     guidance_scale: float = Field(default=4.0, ge=1, le=50)
     """Classifier-free guidance, as diffusers counts it: 1 is none."""
+    guidance_rescale: float = Field(default=0.0, ge=0, le=1)
+    """How far guided predictions are brought back to the spread of unguided ones: 0 is not."""
+    guidance_interval: list[float] = Field(default=[0.0, 1.0], min_length=2, max_length=2)
+    """From and until which share of the way from noise to picture to guide."""
+    dynamic_threshold: float | None = Field(default=None, gt=0, le=1)
+    """Percentile at which the picture that a prediction means is clipped; .995 is Imagen's."""
     steps: int = Field(default=25, ge=1, le=500)
     sampler: Annotated[str, Field(json_schema_extra={"enum": list(SAMPLERS)})] = "dpmsolver++"
+    eta: float = Field(default=0.0, ge=0, le=1)
+    """Of DDIM: the share of DDPM's noise that it adds after each step."""
     seed: int | None = Field(default=None, ge=0, le=MAX_SEED)
     """Of the first picture; the next ones count on from it. Left out: drawn, and returned."""
     width: int | None = Field(default=None, ge=1, le=MAX_SIDE)
     height: int | None = Field(default=None, ge=1, le=MAX_SIDE)
+    """Left out: as the base was trained, or in the proportions of `init_image`."""
     num_images: int = Field(default=1, ge=1, le=MAX_IMAGES)
+    deterministic: bool = False
+    """The same pixels each time on the same machine, in a batch of its own: it takes longer. Else
+    pictures may differ in the last bit by what is painted beside them."""
+    deadline_seconds: float | None = Field(default=None, gt=0, le=86400)
+    """Not begun within this time it fails instead of waiting on."""
+    init_image: str | None = Field(default=None, pattern=IMAGE_ID)
+    """An uploaded image to start from (`POST /v1/images`)."""
+    strength: float | None = Field(default=None, gt=0, le=1)
+    """The share of the steps that are made, the more the less is left of `init_image`. Left out:
+    0.8, or 1 with a mask."""
+    mask_image: str | None = Field(default=None, pattern=IMAGE_ID)
+    """An uploaded image, white where to paint and black where `init_image` stays."""
+
+    @field_validator("guidance_interval")
+    @classmethod
+    def _ordered(cls, interval: list[float]) -> list[float]:
+        begin, end = interval
+        if not 0 <= begin < end <= 1:
+            raise ValueError("give two shares from 0 to 1, the smaller first: [0.2, 0.8]")
+        return interval
 
 
 class PinnedAdapter(BaseModel):
@@ -90,6 +122,13 @@ class PinnedAdapter(BaseModel):
     scale: float
     word: str = ""
     """Stands in the bound prompt for the tokens the version learned, if it learned any."""
+
+
+class PinnedImage(BaseModel):
+    """An uploaded image; `sha256` is its blob's."""
+
+    id: str
+    sha256: str
 
 
 class GenerateJob(BaseModel):
@@ -107,7 +146,17 @@ class GenerateJob(BaseModel):
     width: int
     height: int
     num_images: int
+    deterministic: bool = False
+    deadline_seconds: float | None = None
     warnings: list[str]
+    # Jobs of before these were asked for have none of them.
+    guidance_rescale: float = 0.0
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    dynamic_threshold: float | None = None
+    eta: float = 0.0
+    init_image: PinnedImage | None = None
+    strength: float | None = None
+    mask_image: PinnedImage | None = None
 
     def parameters(self, number: int, base_fingerprint: str) -> str:
         """JSON for picture `number`; its "request", sent to the API, makes that picture again."""
@@ -117,18 +166,28 @@ class GenerateJob(BaseModel):
             "adapters": [{"ref": a.ref, "scale": a.scale} for a in self.adapters],
             "base": self.base,
             "guidance_scale": self.guidance_scale,
+            "guidance_rescale": self.guidance_rescale,
+            "guidance_interval": self.guidance_interval,
+            "dynamic_threshold": self.dynamic_threshold,
             "steps": self.steps,
             "sampler": self.sampler,
+            "eta": self.eta,
             "seed": self.seed + number,
             "width": self.width,
             "height": self.height,
             "num_images": 1,
+            "deterministic": self.deterministic,
+            "init_image": self.init_image and self.init_image.id,
+            "strength": self.strength,
+            "mask_image": self.mask_image and self.mask_image.id,
         }
+        images = [image.model_dump() for image in (self.init_image, self.mask_image) if image]
         return json.dumps(
             {
                 "request": request,
                 "bound_prompt": self.bound_prompt,
                 "versions": [{"ref": a.ref, "digest": a.digest} for a in self.adapters],
+                "images": images,
                 "base_fingerprint": base_fingerprint,
             }
         )

@@ -36,9 +36,13 @@ LOOK_SECONDS = 0.25
 
 @dataclass
 class SamplerDied(Exception):
-    """The resident process ended, or hung, in the middle of an order."""
+    """The resident process ended, or hung, in the middle of an order.
+
+    begun: the order was in a batch, and may be why.
+    """
 
     reason: str
+    begun: bool = True
 
     def __str__(self) -> str:
         return self.reason
@@ -52,16 +56,27 @@ class Painted:
     warnings: list[str]
 
 
+@dataclass(eq=False)
+class _Resident:
+    """A resident process, and where the answers about each order go."""
+
+    popen: "subprocess.Popen[bytes]"
+    answers: dict[int, Answers] = field(default_factory=dict)
+    heard_at: float = 0.0
+
+
 @dataclass
 class SamplerService:
     """One resident process, started when first needed and again after it died.
 
-    Not for use from several threads at once: a worker has one job at a time.
+    Orders of several threads are carried out together.
     """
 
-    _process: subprocess.Popen[bytes] | None = None
+    figures: dict[str, Any] = field(default_factory=dict)
+    """What the process last said of itself; see metrics.py."""
+    _resident: _Resident | None = None
     _number: int = 0
-    _answers: Answers = field(default_factory=queue.Queue)
+    _lock: threading.RLock = field(default_factory=threading.RLock)
 
     def sample(
         self,
@@ -75,45 +90,52 @@ class SamplerService:
             SamplerDied: the process is gone; the next order starts another.
             LookalikeError: the order cannot be carried out, and what to do about it.
         """
-        if self._process is not None and self._process.poll() is not None:
-            self._bury()  # it died between two orders
-        if self._process is None:
-            self._start()
-        self._number += 1
-        number = self._number
-        self._say({"op": "sample", "number": number, "order": order.to_json()})
+        with self._lock:
+            resident = self._resident
+            if resident is None or resident.popen.poll() is not None:
+                resident = self._start()
+            self._number += 1
+            number = self._number
+            answers = resident.answers[number] = queue.Queue()
+        self._say(resident, {"op": "sample", "number": number, "order": order.to_json()})
         try:
-            return self._follow(number, on_progress, should_stop)
+            return self._follow(resident, number, answers, on_progress, should_stop)
         except BaseException:
-            # Whoever comes next must not wait for pictures that nobody wants any more.
-            self._say({"op": "cancel", "number": number})
+            # Nobody wants these pictures any more.
+            self._say(resident, {"op": "cancel", "number": number})
             raise
+        finally:
+            with self._lock:
+                del resident.answers[number]
 
     def _follow(
         self,
+        resident: _Resident,
         number: int,
+        answers: Answers,
         on_progress: Callable[[int, int], None],
         should_stop: Callable[[], bool],
     ) -> Painted | None:
-        heard_at = time.monotonic()
-        asked_to_stop = False
+        started = time.monotonic()
+        asked_to_stop = begun = False
         while True:
             if not asked_to_stop and should_stop():
-                self._say({"op": "cancel", "number": number})
+                self._say(resident, {"op": "cancel", "number": number})
                 asked_to_stop = True
             try:
-                answer = self._answers.get(timeout=LOOK_SECONDS)
+                answer = answers.get(timeout=LOOK_SECONDS)
             except queue.Empty:
-                if time.monotonic() - heard_at > SILENCE_SECONDS:
-                    self.close()
-                    raise SamplerDied(f"it said nothing for {SILENCE_SECONDS:.0f} s") from None
+                # While it works on other orders it is not hung.
+                if time.monotonic() - max(started, resident.heard_at) > SILENCE_SECONDS:
+                    resident.popen.kill()
+                    silent = f"it said nothing for {SILENCE_SECONDS:.0f} s"
+                    raise SamplerDied(silent, begun) from None
                 continue
-            heard_at = time.monotonic()
             if answer is None:
-                raise SamplerDied(self._bury())
-            if answer["number"] != number:
-                continue  # of an order that was given up
+                raise SamplerDied(self._bury(resident), begun)
             match answer["type"]:
+                case "begun":
+                    begun = True
                 case "progress":
                     on_progress(answer["step"], answer["total"])
                 case "done":
@@ -130,49 +152,65 @@ class SamplerService:
 
     def close(self) -> None:
         """End the process; harmless when there is none."""
-        if self._process is not None:
-            self._process.kill()
-            self._bury()
+        with self._lock:
+            resident = self._resident
+        if resident is not None:
+            resident.popen.kill()
+            self._bury(resident)
 
     @property
     def pid(self) -> int | None:
         """The resident process, if there is one."""
-        return self._process.pid if self._process else None
+        resident = self._resident
+        return resident.popen.pid if resident else None
 
-    def _say(self, message: dict[str, Any]) -> None:
+    def _say(self, resident: _Resident, message: dict[str, Any]) -> None:
         # A process that is dead is noticed by the end of its answers.
-        if self._process is not None and self._process.stdin is not None:
-            with contextlib.suppress(BrokenPipeError):
-                self._process.stdin.write(json.dumps(message).encode() + b"\n")
-                self._process.stdin.flush()
+        assert resident.popen.stdin is not None
+        with self._lock, contextlib.suppress(OSError, ValueError):
+            resident.popen.stdin.write(json.dumps(message).encode() + b"\n")
+            resident.popen.stdin.flush()
 
-    def _start(self) -> None:
-        # A group of its own: an interrupt typed at the worker leaves the order in hand alone.
-        self._process = spawn_group(
+    def _start(self) -> _Resident:
+        """A process in place of the one there was."""
+        if self._resident is not None:
+            self._bury(self._resident)
+        # A group of its own: an interrupt typed at the worker leaves the orders in hand alone.
+        popen = spawn_group(
             [sys.executable, "-m", "lookalike_api.sampling.process"],
             env={"GOMP_SPINCOUNT": SPIN_COUNT, **os.environ, **ENVIRONMENT},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
         )
-        self._answers = queue.Queue()
-        reader = threading.Thread(target=_read, args=(self._process, self._answers), daemon=True)
-        reader.start()
+        self._resident = resident = _Resident(popen)
+        threading.Thread(target=self._read, args=(resident,), daemon=True).start()
+        return resident
 
-    def _bury(self) -> str:
-        """Reap the dead process and say how it ended."""
-        assert self._process is not None
-        code = self._process.wait()
-        for pipe in (self._process.stdin, self._process.stdout):
-            with contextlib.suppress(OSError):
-                if pipe is not None:
-                    pipe.close()
-        self._process = None
+    def _read(self, resident: _Resident) -> None:
+        """Give each answer to the thread whose order it is about, and the end to all of them."""
+        assert resident.popen.stdout is not None
+        for line in resident.popen.stdout:
+            resident.heard_at = time.monotonic()
+            answer = json.loads(line)
+            if answer["type"] == "metrics":
+                self.figures = answer["figures"]
+                continue
+            with self._lock:
+                answers = resident.answers.get(answer["number"])
+            if answers is not None:  # else the order was given up
+                answers.put(answer)
+        resident.popen.stdout.close()
+        with self._lock:
+            waiting = list(resident.answers.values())
+        for answers in waiting:
+            answers.put(None)
+
+    def _bury(self, resident: _Resident) -> str:
+        """Reap a dead process and say how it ended."""
+        code = resident.popen.wait()
+        with self._lock, contextlib.suppress(OSError):
+            if self._resident is resident:
+                self._resident = None
+            assert resident.popen.stdin is not None
+            resident.popen.stdin.close()
         return f"it was killed by signal {-code}" if code < 0 else f"it ended with code {code}"
-
-
-def _read(process: subprocess.Popen[bytes], answers: "queue.Queue[dict[str, Any] | None]") -> None:
-    assert process.stdout is not None
-    with contextlib.suppress(ValueError):  # closed while reading
-        for line in process.stdout:
-            answers.put(json.loads(line))
-    answers.put(None)

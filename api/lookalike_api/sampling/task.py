@@ -12,14 +12,17 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from celery import signals
 
+from lookalike_api.sampling import direct
 from lookalike_api.sampling.messages import AdapterFile, SampleOrder
-from lookalike_api.sampling.requests import GenerateJob
+from lookalike_api.sampling.metrics import exposition
+from lookalike_api.sampling.requests import GenerateJob, PinnedImage
 from lookalike_api.sampling.service import Painted, SamplerDied, SamplerService
 from lookalike_platform import bases
 from lookalike_platform.blobs import BlobStore, open_blobs
@@ -28,9 +31,10 @@ from lookalike_platform.db.engine import Database, open_database
 from lookalike_platform.db.tables import Job
 from lookalike_platform.errors import LookalikeError
 from lookalike_platform.jobs import lease as leases
+from lookalike_platform.jobs.fair import claim_fairly
 from lookalike_platform.jobs.hold import Hold
 from lookalike_platform.jobs.lease import Lease
-from lookalike_platform.jobs.work import carry_out
+from lookalike_platform.jobs.work import carry_out_claimed
 from lookalike_platform.settings import Settings, get_settings
 
 # A sampler that dies is started again this often before the job fails.
@@ -43,27 +47,35 @@ _shutting_down = threading.Event()
 
 @app.task(name="lookalike.generate")
 def generate(job_id: str) -> None:
+    """The message is a ticket (jobs/fair.py): whose turn it is may be another job's."""
+    serve()
+
+
+def serve() -> None:
+    """Carry out one job in this thread, as soon as fewer than `sample_concurrency` are in hand."""
     settings = get_settings()
     worker = f"{socket.gethostname()}:{os.getpid()}"
-    run(
-        job_id, worker, _database(settings.database_url), open_blobs(settings), settings, _sampler()
-    )
+    with _places():
+        run(worker, _database(settings.database_url), open_blobs(settings), settings, _sampler())
+
+
+def listen() -> None:
+    """Take calls of the API too, if the settings say where."""
+    settings = get_settings()
+    if settings.sampler_url:
+        direct.listen(settings.sampler_url, serve, lambda: exposition(_sampler().figures))
 
 
 def run(
-    job_id: str,
-    worker: str,
-    db: Database,
-    blobs: BlobStore,
-    settings: Settings,
-    sampler: SamplerService,
+    worker: str, db: Database, blobs: BlobStore, settings: Settings, sampler: SamplerService
 ) -> None:
-    """Carry out a generate job if it is still to be done; its end is written to the database."""
-    carry_out(
+    """Carry out the generate job whose turn it is; its end is written to the database."""
+    lease = claim_fairly(db, "generate", worker, settings.lease_seconds)
+    if lease is None:
+        return
+    carry_out_claimed(
         db,
-        job_id,
-        worker,
-        settings.lease_seconds,
+        lease,
         lambda lease, hold: _sample(db, lease, hold, blobs, settings, sampler),
         lambda what: LookalikeError(
             f"The pictures could not be made ({what}). The worker's log has the whole story."
@@ -84,9 +96,11 @@ def _sample(
         job = session.get_one(Job, lease.job_id)
         request = GenerateJob.model_validate(job.request)
         fingerprint = job.base_fingerprint
+        deadline = request.deadline_seconds and job.created_at + request.deadline_seconds
     # Parameters go into the pictures, pictures into blobs: the folder is only a way between.
     with tempfile.TemporaryDirectory(prefix="lookalike-") as folder:
         order = _order(request, fingerprint, blobs, settings, Path(folder))
+        order = replace(order, deadline=deadline)
         leases.advance(db, lease, "sampling")
         started = time.monotonic()
         painted = _paint(order, db, lease, hold, sampler)
@@ -143,7 +157,19 @@ def _order(
         parameters=tuple(
             request.parameters(number, fingerprint) for number in range(request.num_images)
         ),
+        alone=request.deterministic,
+        guidance_rescale=request.guidance_rescale,
+        guidance_interval=request.guidance_interval,
+        dynamic_threshold=request.dynamic_threshold,
+        eta=request.eta,
+        init_image=_file(request.init_image, blobs),
+        strength=request.strength,
+        mask_image=_file(request.mask_image, blobs),
     )
+
+
+def _file(image: PinnedImage | None, blobs: BlobStore) -> Path | None:
+    return blobs.path(image.sha256) if image else None
 
 
 def _paint(
@@ -153,13 +179,18 @@ def _paint(
         return hold.cancel_requested or hold.lost or _shutting_down.is_set()
 
     on_progress = _progress_writer(db, lease)
-    for attempt in range(1, TRIES + 1):
+    tries = 0
+    while tries < TRIES:
         try:
             return sampler.sample(order, on_progress, should_stop)
         except SamplerDied as died:
             text = f"the sampler process died: {died}"
-            leases.event(db, lease, "message", {"text": text, "attempt": attempt}, "warning")
+            leases.event(db, lease, "message", {"text": text}, "warning")
             reason = str(died)
+            if died.begun:
+                # Whichever order was too much for it, the others shall not go down with it again.
+                tries += 1
+                order = replace(order, alone=True)
     raise LookalikeError(
         f"The sampler process died {TRIES} times ({reason}), most often because memory ran out. "
         "Ask for fewer or smaller images, and look at the worker's log."
@@ -186,6 +217,11 @@ def _progress_writer(db: Database, lease: Lease) -> Callable[[int, int], None]:
         leases.progress(db, lease, progress)
 
     return write
+
+
+@cache
+def _places() -> threading.BoundedSemaphore:
+    return threading.BoundedSemaphore(get_settings().sample_concurrency)
 
 
 @signals.worker_shutting_down.connect

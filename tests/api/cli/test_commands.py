@@ -203,6 +203,38 @@ def test_a_wrong_prompt_is_refused_with_its_field(lookalike: Lookalike) -> None:
     assert [error["path"] for error in ran.json["errors"]] == ["prompt"]
 
 
+def test_pictures_to_start_from_are_uploaded_and_named(
+    lookalike: Lookalike, api: Api, tmp_path: Path
+) -> None:
+    Image.new("RGB", (96, 64)).save(tmp_path / "photo.png")
+    Image.new("L", (96, 64), 255).save(tmp_path / "mask.png")
+
+    def work() -> None:
+        query = "/v1/jobs?kind=generate&state=queued"
+        while not (waiting := api.http.get(query).json()["items"]):
+            time.sleep(0.02)
+        lease = leases.claim(api.context.db, waiting[0]["id"], "worker", 60)
+        assert lease is not None
+        made = [{"seed": 7, "sha256": api.context.blobs.put(b"PNG")}]
+        leases.succeed(api.context.db, lease, {"images": made, "warnings": [], "seconds": 1.0})
+
+    worker = threading.Thread(target=work)
+    worker.start()
+    photo, mask = tmp_path / "photo.png", tmp_path / "mask.png"
+    options = ["--init-image", photo, "--mask", mask, "--strength", 0.6, "--eta", 0.5]
+    options += ["--rescale", 0.7, "--interval", 0.2, 0.8, "--threshold", 0.99]
+    ran = lookalike("sample", "a dog", "--sampler", "ddim", *options, "--out", tmp_path, "--json")
+    worker.join()
+    assert ran.code == 0, ran.err
+    made = ran.json
+    assert (made["width"], made["height"], made["strength"], made["eta"]) == (96, 64, 0.6, 0.5)
+    assert made["guidance_interval"] == [0.2, 0.8]
+    assert (made["guidance_rescale"], made["dynamic_threshold"]) == (0.7, 0.99)
+    uploads = {one["id"]: one["filename"] for one in api.http.get("/v1/images").json()["items"]}
+    named = [uploads[made[field]["id"]] for field in ("init_image", "mask_image")]
+    assert named == ["photo.png", "mask.png"]
+
+
 def test_an_evaluation_is_followed_and_its_figures_printed(lookalike: Lookalike, api: Api) -> None:
     api.add_version("rex")
     set_id = api.add_set()["id"]
@@ -224,3 +256,34 @@ def test_an_evaluation_is_followed_and_its_figures_printed(lookalike: Lookalike,
     assert ran.code == 0, ran.err
     line = next(line for line in ran.out.splitlines() if "subject fidelity" in line)
     assert line.split()[2:] == ["dino", "0.500", "0.250", "to", "0.750", "(8)"]
+
+
+def test_what_combines_with_what_is_listed(lookalike: Lookalike) -> None:
+    pairs = lookalike("compositions", "rules", "--json").json["combinations"]
+    assert [p["merges"] for p in pairs if (p["one"], p["other"]) == ("lora", "t_lora")] == [[]]
+    lines = lookalike("compositions", "rules").out.splitlines()
+    [line] = [line for line in lines if line.split()[:2] == ["dora", "dreambooth"]]
+    assert "no: DoRA gives the base's own rows new lengths" in line
+
+
+def test_a_merge_is_followed_and_its_version_told(lookalike: Lookalike, api: Api) -> None:
+    api.add_version("rex")
+    api.add_version("tom")
+
+    def work() -> None:
+        query = "/v1/jobs?kind=compose&state=queued"
+        while not (waiting := api.http.get(query).json()["items"]):
+            time.sleep(0.02)
+        lease = leases.claim(api.context.db, waiting[0]["id"], "worker", 60)
+        assert lease is not None
+        leases.succeed(api.context.db, lease, {"ref": "duo@1"})
+
+    worker = threading.Thread(target=work)
+    worker.start()
+    ran = lookalike("compose", "duo", "rex@1", "tom:0.5", "--strategy", "svd", "--rank", "2")
+    worker.join()
+    assert ran.code == 0, ran.err
+    assert 'duo@1 is merged by svd. Paint it: lookalike sample "<rex> and <tom>"' in ran.out
+    [job] = api.http.get("/v1/jobs?kind=compose").json()["items"]
+    assert [p["scale"] for p in job["request"]["adapters"]] == [1.0, 0.5]
+    assert job["request"]["options"]["rank"] == 2

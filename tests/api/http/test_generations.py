@@ -1,13 +1,18 @@
 """Generations as far as the API decides them; pictures are made in tests/api/sampling."""
 
 import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from lookalike_platform import bases
+from lookalike_platform.db.tables import Job
 from lookalike_platform.jobs import lease as leases
+from lookalike_registry.manifest import SubjectRecord
 from support_api import Api, paths_of, problem_of
 from support_models import save_base
+from support_sampling import save_adapter
 
 
 def ask(api: Api, query: str = "", **wanted: Any) -> Any:
@@ -211,3 +216,78 @@ def test_a_training_is_no_generation(api: Api) -> None:
     wanted = {"method": "lora", "subject_set": api.add_set()["id"]}
     job_id = api.http.post("/v1/jobs", json=wanted).json()["id"]
     assert "/v1/jobs/" in problem_of(api.http.get(f"/v1/generations/{job_id}"), 404)["detail"]
+
+
+def test_adapters_that_cannot_act_together_are_refused_with_the_reason(
+    api: Api, tmp_path: Path
+) -> None:
+    dora = tmp_path / "dora.safetensors"
+    save_adapter(dora, bases.resolve("pocket-64", api.settings).folder, dora=True)
+    api.add_version("rex", weights=dora)
+    api.add_version("tom", method="dreambooth")
+    api.add_version("kim")
+    adapters = [{"ref": "kim"}, {"ref": "rex"}]
+    assert ask(api, adapters=adapters).status_code == 202
+    [problem] = problem_of(ask(api, adapters=[*adapters, {"ref": "tom"}]), 422)["errors"]
+    assert problem["path"] == "adapters[2].ref"
+    assert "DoRA gives the base's own rows new lengths" in problem["message"]
+
+
+SUBJECTS = [
+    SubjectRecord(name="rex", trigger="sks", class_noun="dog", phrase="{trigger}", learned=True),
+    SubjectRecord(
+        name="tom", trigger="zwx", class_noun="cat", phrase="{trigger} {class_noun}", learned=False
+    ),
+    SubjectRecord(name="kim", trigger="vvv", class_noun="cup", phrase="{trigger}", learned=True),
+]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "bound"),
+    [
+        ("<rex>, <tom> and <kim>", "{id}, zwx cat and {id}-3"),
+        ("<trio> at sea", "{id} and zwx cat and {id}-3 at sea"),
+        ("a vvv beside a sks", "a {id}-3 beside a {id}"),
+    ],
+)
+def test_a_merged_version_answers_to_each_of_its_subjects(
+    api: Api, prompt: str, bound: str
+) -> None:
+    made = api.add_version("trio", prompting={"subjects": SUBJECTS})
+    answer = ask(api, prompt=prompt, adapters=[{"ref": "trio"}]).json()
+    assert answer["bound_prompt"] == bound.format(id=made.id)
+
+
+def test_a_subject_comes_from_one_adapter_alone(api: Api) -> None:
+    api.add_version("trio", prompting={"subjects": SUBJECTS})
+    api.add_version("rex")
+    refused = ask(api, prompt="<rex>", adapters=[{"ref": "trio"}, {"ref": "rex"}])
+    assert paths_of(refused) == ["adapters"]
+
+
+@pytest.mark.parametrize(
+    ("limit", "whose"),
+    [("max_queued_per_owner", "2 of your generations"), ("max_queued", "2 generations")],
+)
+def test_more_than_may_wait_are_refused_with_when_to_come_again(
+    api: Api, monkeypatch: pytest.MonkeyPatch, limit: str, whose: str
+) -> None:
+    settings = api.context.settings.model_copy(update={limit: 2})
+    monkeypatch.setattr(api.context, "settings", settings)
+    before = ask(api).json()
+    lease = leases.claim(api.context.db, before["id"], "worker", 60)
+    assert lease is not None
+    leases.succeed(api.context.db, lease, {"images": [], "warnings": [], "seconds": 1})
+    with api.context.db.session() as session:
+        job = session.get_one(Job, before["id"])
+        assert job.started_at is not None
+        job.finished_at = job.started_at + 41.5
+    for _ in range(2):
+        assert ask(api).status_code == 202
+    refused = ask(api)
+    assert whose in problem_of(refused, 429)["detail"]
+    assert refused.headers["retry-after"] == "42"
+    waiting = api.http.get("/v1/jobs?state=queued").json()["items"]
+    assert len(waiting) == 2
+    api.http.post(f"/v1/jobs/{waiting[0]['id']}/cancel")
+    assert ask(api).status_code == 202

@@ -21,6 +21,7 @@ from lookalike_platform.errors import LookalikeError
 from lookalike_platform.samplers import SAMPLERS
 from lookalike_platform.settings import Settings
 from support_api import add_version
+from support_images import picture
 from support_sampling import LIBRARY_WARNINGS, reference, save_adapter
 from support_stack import installation, processes_of, running, until
 
@@ -139,6 +140,77 @@ def test_the_parameters_in_a_picture_make_it_again(installed: Installed) -> None
     again = client.generate(**parameters["request"], wait=100)
     assert again["images"][0]["seed"] == made["images"][1]["seed"]
     assert differences([client.image(again["id"])], [second]) <= [1]
+
+
+@on_the_embedded_stack
+def test_a_picture_painted_over_another_is_made_again_by_its_parameters(
+    installed: Installed, tmp_path: Path
+) -> None:
+    """And is what diffusers makes of the same picture, mask and adapter."""
+    import diffusers
+    import torch
+
+    photo, mask = picture(3, (64, 64)), Image.new("L", (64, 64))
+    mask.paste(255, (0, 0, 64, 32))
+    photo.save(tmp_path / "photo.png")
+    mask.save(tmp_path / "mask.png")
+    client = installed.client
+    made = client.generate(
+        "<rex>",
+        adapters=["rex"],
+        sampler="ddim",
+        steps=6,
+        strength=0.7,
+        seed=5,
+        init_image=tmp_path / "photo.png",
+        mask_image=tmp_path / "mask.png",
+        wait=100,
+    )
+    found = Image.open(io.BytesIO(client.image(made["id"])))
+    parameters = json.loads(found.text["parameters"])  # type: ignore[attr-defined]
+    images = [made["init_image"], made["mask_image"]]
+    assert parameters["images"] == images
+    again = client.generate(**parameters["request"], wait=100)
+    assert [again["init_image"], again["mask_image"]] == images
+    assert differences([client.image(again["id"])], [found]) == [0]
+
+    pipeline = diffusers.AutoPipelineForInpainting.from_pretrained(installed.base)
+    pipeline.set_progress_bar_config(disable=True)
+    path = installed.adapters["rex"]
+    pipeline.load_lora_weights(path.parent, weight_name=path.name)
+    plain = pipeline(
+        "sks dog",
+        image=photo,
+        mask_image=mask,
+        masked_image_latents=torch.zeros(1, 4, 16, 16),
+        width=64,
+        height=64,
+        strength=0.7,
+        num_inference_steps=6,
+        guidance_scale=4.0,
+        generator=[torch.Generator().manual_seed(5)],
+    ).images
+    assert max(differences([client.image(made["id"])], plain)) <= 1
+
+
+@on_the_embedded_stack
+def test_every_option_of_guidance_and_noise_acts_and_is_kept(installed: Installed) -> None:
+    """Each changes the picture, and the picture's parameters make it again."""
+    client = installed.client
+    common: dict[str, Any] = {"sampler": "ddim", "steps": 4, "seed": 5, "guidance_scale": 8.0}
+    plain = client.generate("a dog", **common, wait=100)
+    for option in (
+        {"eta": 0.7},
+        {"guidance_rescale": 0.6},
+        {"guidance_interval": [0.25, 0.75]},
+        {"dynamic_threshold": 0.9},
+    ):
+        made = client.generate("a dog", **common, **option, wait=100)
+        found = Image.open(io.BytesIO(client.image(made["id"])))
+        assert differences([client.image(plain["id"])], [found]) > [1], option
+        parameters = json.loads(found.text["parameters"])  # type: ignore[attr-defined]
+        again = client.generate(**parameters["request"], wait=100)
+        assert differences([client.image(again["id"])], [found]) == [0], option
 
 
 @on_the_embedded_stack

@@ -12,7 +12,7 @@ from lookalike_api.sampling.messages import AdapterFile
 from lookalike_platform.errors import InvalidRequest
 from lookalike_platform.samplers import SAMPLERS
 from support_models import save_base
-from support_sampling import LIBRARY_WARNINGS, reference, save_adapter
+from support_sampling import LIBRARY_WARNINGS, Orders, engine_of, reference, save_adapter
 
 pytestmark = LIBRARY_WARNINGS
 
@@ -32,27 +32,17 @@ def adapters(base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> lis
 
 
 @pytest.fixture(scope="module")
-def base(base_folder: Path) -> Any:
-    from lookalike_api.sampling.models import ResidentBase
-
-    return ResidentBase(base_folder, "cpu")
+def base(base_folder: Path) -> Orders:
+    return engine_of(base_folder)
 
 
 @pytest.mark.parametrize("negative", ["blue", None])
 def test_sdxl_is_painted_as_diffusers_paints_it(tmp_path: Path, negative: str | None) -> None:
-    from lookalike_api.sampling.engine import Scene
-    from lookalike_api.sampling.engine import paint as paint_scene
-    from lookalike_api.sampling.models import ResidentBase
-
     folder = save_base(tmp_path, "sdxl")
     path = tmp_path / "lora.safetensors"
     digest = save_adapter(path, folder, seed=3)
-    base = ResidentBase(folder, "cpu")
-    base.wear([AdapterFile("rex@1", digest, path, 0.7)])
-    texts = {"text": base.embed(PROMPT), "blank": base.embed_negative(negative or "")}
-    asked = {"steps": 4, "sampler": "ddim", "seed": 5, "num_images": 2, "guidance_scale": 4.0}
-    scene = Scene(**texts, **asked, width=64, height=64)  # type: ignore[arg-type]
-    ours = paint_scene(base, scene, lambda step, total: None)
+    adapters = [AdapterFile("rex@1", digest, path, 0.7)]
+    ours = paint(engine_of(folder), adapters, negative_prompt=negative or "")
     theirs = reference(
         folder,
         PROMPT,
@@ -71,22 +61,9 @@ def test_sdxl_is_painted_as_diffusers_paints_it(tmp_path: Path, negative: str | 
         assert abs(apart).max() <= 1
 
 
-def paint(base: Any, adapters: Sequence[AdapterFile] = (), **changes: Any) -> list[Any]:
-    from lookalike_api.sampling.engine import Scene
-    from lookalike_api.sampling.engine import paint as paint_scene
-
-    asked = {
-        "guidance_scale": 4.0,
-        "steps": 4,
-        "sampler": "ddim",
-        "seed": 5,
-        "width": 64,
-        "height": 64,
-        "num_images": 2,
-    } | changes
-    base.wear(adapters)
-    scene = Scene(text=base.embed(PROMPT), blank=base.embed("blue"), **asked)
-    return [numpy.asarray(image) for image in paint_scene(base, scene, lambda step, total: None)]
+def paint(engine: Orders, adapters: Sequence[AdapterFile] = (), **changes: Any) -> list[Any]:
+    asked = {"prompt": PROMPT, "negative_prompt": "blue", "num_images": 2} | changes
+    return engine.paint(adapters=tuple(adapters), **asked)
 
 
 def plain(folder: Path, adapters: Sequence[AdapterFile] = (), **changes: Any) -> list[Any]:
@@ -104,9 +81,13 @@ def plain(folder: Path, adapters: Sequence[AdapterFile] = (), **changes: Any) ->
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 4.0])
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("sampler", [name for name in SAMPLERS if name != "probability_flow"])
 def test_every_sampler_paints_what_diffusers_paints_with_an_adapter(
-    base: Any, base_folder: Path, adapters: list[AdapterFile], sampler: str, guidance_scale: float
+    base: Orders,
+    base_folder: Path,
+    adapters: list[AdapterFile],
+    sampler: str,
+    guidance_scale: float,
 ) -> None:
     asked: dict[str, Any] = {"sampler": sampler, "guidance_scale": guidance_scale}
     ours = paint(base, adapters[1:], **asked)
@@ -115,7 +96,7 @@ def test_every_sampler_paints_what_diffusers_paints_with_an_adapter(
 
 
 def test_two_adapters_add_up_at_their_scales(
-    base: Any, base_folder: Path, adapters: list[AdapterFile]
+    base: Orders, base_folder: Path, adapters: list[AdapterFile]
 ) -> None:
     both = paint(base, adapters)
     numpy.testing.assert_array_equal(both, plain(base_folder, adapters))
@@ -123,7 +104,7 @@ def test_two_adapters_add_up_at_their_scales(
 
 
 def test_a_dora_is_painted_as_diffusers_paints_it_and_at_scale_0_is_the_base(
-    base: Any, base_folder: Path, adapters: list[AdapterFile], tmp_path: Path
+    base: Orders, base_folder: Path, adapters: list[AdapterFile], tmp_path: Path
 ) -> None:
     path = tmp_path / "dora.safetensors"
     digest = save_adapter(path, base_folder, seed=5, text_encoder=True, dora=True)
@@ -140,26 +121,24 @@ def test_a_dora_is_painted_as_diffusers_paints_it_and_at_scale_0_is_the_base(
 
 
 def test_adapters_worn_before_leave_no_trace(
-    base: Any, base_folder: Path, adapters: list[AdapterFile]
+    base: Orders, base_folder: Path, adapters: list[AdapterFile]
 ) -> None:
     for worn in (adapters, adapters[:1], []):
         numpy.testing.assert_array_equal(paint(base, worn), plain(base_folder, worn))
 
 
-def test_sizes_need_not_be_square(base: Any, base_folder: Path) -> None:
+def test_sizes_need_not_be_square(base: Orders, base_folder: Path) -> None:
     size = {"width": 32, "height": 48}
     numpy.testing.assert_array_equal(paint(base, **size), plain(base_folder, **size))
 
 
 def test_v_prediction_is_sampled_as_such(tmp_path: Path) -> None:
-    from lookalike_api.sampling.models import ResidentBase
-
     folder = save_base(tmp_path / "sd2", "sd2")
-    numpy.testing.assert_array_equal(paint(ResidentBase(folder, "cpu")), plain(folder))
+    numpy.testing.assert_array_equal(paint(engine_of(folder)), plain(folder))
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_an_image_does_not_depend_on_its_batch_mates(base: Any, sampler: str) -> None:
+def test_an_image_does_not_depend_on_its_batch_mates(base: Orders, sampler: str) -> None:
     together = paint(base, sampler=sampler, num_images=3)
     alone = paint(base, sampler=sampler, num_images=1, seed=7)
     # Kernels may round differently by batch size: at most one of 255 levels.
@@ -171,13 +150,11 @@ def test_many_images_are_painted_in_batches_and_all_steps_are_counted(
 ) -> None:
     from lookalike_api.sampling import engine
 
-    whole = paint(base, num_images=3)
+    whole = paint(base, num_images=3, steps=2)
     monkeypatch.setattr(engine, "BATCH_PIXELS", 2 * 64 * 64)
-    counted: list[tuple[int, int]] = []
-    scene = engine.Scene(base.embed(PROMPT), base.embed("blue"), 4.0, 2, "ddim", 5, 64, 64, 3)
-    engine.paint(base, scene, lambda step, total: counted.append((step, total)))
+    split = paint(base, num_images=3, steps=2)
+    counted = [(told["step"], told["total"]) for told in base.told if told["type"] == "progress"]
     assert counted == [(1, 4), (2, 4), (3, 4), (4, 4)]
-    split = paint(base, num_images=3)
     assert numpy.abs(numpy.subtract(whole, split, dtype=int)).max() <= 1
 
 
@@ -188,7 +165,7 @@ def test_the_fewest_and_most_steps_work_with_every_sampler(sampler: str, steps: 
 
     from lookalike_platform.samplers import make_sampler
 
-    config = {"num_train_timesteps": 1000, "steps_offset": 1, "timestep_spacing": "leading"}
+    config = {"steps_offset": 1, "timestep_spacing": "leading", "_class_name": "DDIMScheduler"}
     made = make_sampler(sampler, config)
     made.set_timesteps(steps)
     latents = torch.zeros(1, 4, 4, 4)
@@ -197,7 +174,7 @@ def test_the_fewest_and_most_steps_work_with_every_sampler(sampler: str, steps: 
     assert latents.isfinite().all()
 
 
-def test_an_adapter_of_another_base_is_refused(base: Any, tmp_path: Path) -> None:
+def test_an_adapter_of_another_base_is_refused(base: Orders, tmp_path: Path) -> None:
     from diffusers import UNet2DConditionModel
 
     wider = UNet2DConditionModel(
@@ -214,48 +191,37 @@ def test_an_adapter_of_another_base_is_refused(base: Any, tmp_path: Path) -> Non
     path = tmp_path / "other.safetensors"
     digest = save_adapter(path, tmp_path)
     with pytest.raises(InvalidRequest, match="does not fit"):
-        base.wear([AdapterFile("other@1", digest, path, 1.0)])
+        paint(base, [AdapterFile("other@1", digest, path, 1.0)])
 
 
-def test_the_base_is_never_served_alone_when_keys_did_not_load(
-    base: Any, base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_adapters_beyond_the_budget_leave_memory(
+    base_folder: Path, adapters: list[AdapterFile]
 ) -> None:
-    path = tmp_path / "adapter.safetensors"
-    digest = save_adapter(path, base_folder, seed=9, text_encoder=True)
-    # As if a later diffusers spelt the text encoder's prefix otherwise, and only logged it.
-    monkeypatch.setattr(
-        type(base._loras._pipeline), "load_lora_into_text_encoder", lambda *args, **options: None
-    )
-    with pytest.raises(InvalidRequest, match="tensors of mine@1 could be loaded"):
-        base.wear([AdapterFile("mine@1", digest, path, 1.0)])
-    monkeypatch.undo()
-    base.wear([AdapterFile("mine@1", digest, path, 1.0)])
-
-
-def test_adapters_beyond_the_budget_leave_memory_except_those_worn(
-    base_folder: Path, adapters: list[AdapterFile], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from lookalike_api.sampling import loras, models
-
-    monkeypatch.setattr(loras, "MAX_ADAPTER_BYTES", 1)
-    base = models.ResidentBase(base_folder, "cpu")
-    first = paint(base, adapters[:1])
-    paint(base, adapters[1:])
-    assert list(base.unet.peft_config) == [adapters[1].digest]
-    numpy.testing.assert_array_equal(paint(base, adapters[:1]), first)
+    engine = engine_of(base_folder, adapter_bytes=adapters[1].path.stat().st_size)
+    first = paint(engine, adapters[:1])
+    paint(engine, adapters[1:])
+    numpy.testing.assert_array_equal(paint(engine, adapters[:1]), first)
+    assert engine.engine.adapters.host.counts.evictions == 2
+    with pytest.raises(InvalidRequest, match="room for"):
+        paint(engine_of(base_folder, adapter_bytes=100), adapters[:1])
 
 
 def test_text_features_are_computed_once_per_text_and_text_encoder_adapters(
     base_folder: Path, adapters: list[AdapterFile]
 ) -> None:
-    from lookalike_api.sampling.models import ResidentBase
+    from lookalike_api.sampling.models import Dressed, ResidentBase
+    from lookalike_trainers.methods.lora import rows
 
     base = ResidentBase(base_folder, "cpu")
-    without = base.embed(PROMPT)
-    base.wear(adapters[:1])  # the UNet's alone
-    assert base.embed(PROMPT) is without
-    base.wear(adapters[1:])
-    assert (base.embed(PROMPT).features != without.features).any()
+    unets, texts = (
+        [Dressed(row, file)] for file in adapters if (row := rows(base, file.path)) is not None
+    )
+    without = base.read(PROMPT, []).text
+    assert base.read(PROMPT, unets).text is without
+    with_texts = base.read(PROMPT, texts).text
+    assert (with_texts.features != without.features).any()
+    assert base.read(PROMPT, texts).text is with_texts
+    assert base.read(PROMPT, []).text is without
 
 
 def test_only_the_bases_used_last_stay(
@@ -264,10 +230,12 @@ def test_only_the_bases_used_last_stay(
     from lookalike_api.sampling import models
 
     monkeypatch.setattr(models, "ResidentBase", lambda folder, device, cache: object())
-    bases = models.ResidentBases(tmp_path)
+    bases: Any = models.ResidentBases(tmp_path)
     first = bases.get("1", base_folder, "cpu")
     second = bases.get("2", base_folder, "cpu")
     assert bases.get("1", base_folder, "cpu") is first
     bases.get("3", base_folder, "cpu")
     assert bases.get("1", base_folder, "cpu") is first
     assert bases.get("2", base_folder, "cpu") is not second
+    both = [bases.get(name, base_folder, "cpu") for name in "12"]
+    assert bases.get("3", base_folder, "cpu", in_use=both) is None

@@ -8,14 +8,14 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
-from lookalike_api.sampling.engine import Scene, paint
 from lookalike_api.sampling.messages import AdapterFile
-from lookalike_api.sampling.models import ResidentBase
+from lookalike_api.sampling.models import Dressed, ResidentBase
 from lookalike_api.sampling.prompts import Subject, bind
 from lookalike_platform.files import sha256_file
 from lookalike_registry.tensor_file import save_tensors
+from lookalike_trainers.methods.textual_inversion import rows as row_adapter
 from support_models import RESOLUTION, WIDTH
-from support_sampling import LIBRARY_WARNINGS
+from support_sampling import LIBRARY_WARNINGS, Orders, engine_of
 
 pytestmark = LIBRARY_WARNINGS
 
@@ -23,8 +23,8 @@ VECTORS = 2
 
 
 @pytest.fixture
-def base(base_folder: Path) -> ResidentBase:
-    return ResidentBase(base_folder, "cpu")
+def base(base_folder: Path) -> Orders:
+    return engine_of(base_folder)
 
 
 def rows(seed: int) -> torch.Tensor:
@@ -46,20 +46,10 @@ def said(adapter: AdapterFile, prompt: str) -> str:
     return bound
 
 
-def painted(base: ResidentBase, prompt: str) -> Any:
-    scene = Scene(
-        text=base.embed(prompt),
-        blank=base.embed_negative(""),
-        guidance_scale=3.0,
-        steps=4,
-        sampler="ddim",
-        seed=7,
-        width=RESOLUTION,
-        height=RESOLUTION,
-        num_images=1,
-    )
-    (picture,) = paint(base, scene, lambda step, total: None)
-    return numpy.asarray(picture, dtype=int)
+def painted(base: Orders, prompt: str, *adapters: AdapterFile) -> Any:
+    asked: dict[str, Any] = {"guidance_scale": 3.0, "seed": 7, "adapters": adapters}
+    (picture,) = base.paint(prompt=prompt, **asked)
+    return picture.astype(int)
 
 
 def diffusers_paints(base_folder: Path, seed: int) -> Any:
@@ -79,31 +69,30 @@ def diffusers_paints(base_folder: Path, seed: int) -> Any:
 
 
 def test_two_owners_of_one_word_each_get_their_own_picture(
-    base: ResidentBase, base_folder: Path, tmp_path: Path
+    base: Orders, base_folder: Path, tmp_path: Path
 ) -> None:
     ann, bob = learned(tmp_path, "ann", 1), learned(tmp_path, "bob", 2)
-    base.wear([ann])
-    alone = painted(base, said(ann, "a sks"))
+    alone = painted(base, said(ann, "a sks"), ann)
     assert abs(alone - diffusers_paints(base_folder, 1)).max() <= 1
-    base.wear([bob])
-    assert abs(painted(base, said(bob, "a sks")) - diffusers_paints(base_folder, 2)).max() <= 1
-    base.wear([bob, ann])  # one request, or a batch, with both
-    assert numpy.array_equal(painted(base, said(ann, "a <toy>")), alone)
+    assert abs(painted(base, said(bob, "a sks"), bob) - diffusers_paints(base_folder, 2)).max() <= 1
+    # One request with both.
+    assert numpy.array_equal(painted(base, said(ann, "a <toy>"), bob, ann), alone)
 
 
-def test_a_word_that_is_not_worn_means_nothing(base: ResidentBase, tmp_path: Path) -> None:
+def test_a_word_that_is_not_worn_means_nothing(base: Orders, tmp_path: Path) -> None:
+    ann = learned(tmp_path, "ann", 1)
     plain, unknown = painted(base, "a sks"), painted(base, "a adv_ann")
-    base.wear([learned(tmp_path, "ann", 1)])
-    assert not numpy.array_equal(painted(base, "a adv_ann"), unknown)
-    assert numpy.array_equal(painted(base, "a sks"), plain)
-    base.wear([])
+    assert not numpy.array_equal(painted(base, "a adv_ann", ann), unknown)
+    assert numpy.array_equal(painted(base, "a sks", ann), plain)
     assert numpy.array_equal(painted(base, "a sks"), plain)
     assert numpy.array_equal(painted(base, "a adv_ann"), unknown)
 
 
 def test_a_long_word_is_counted_as_the_tokens_it_stands_for(
-    base: ResidentBase, tmp_path: Path
+    base_folder: Path, tmp_path: Path
 ) -> None:
-    before = base.tokens("a")
-    base.wear([learned(tmp_path, "ann", 1)])
-    assert base.tokens("a adv_ann") == before + VECTORS
+    resident = ResidentBase(base_folder, "cpu")
+    ann = learned(tmp_path, "ann", 1)
+    dressed = Dressed(row_adapter(resident, ann.path), ann)
+    before = resident.read("a", []).tokens
+    assert resident.read("a adv_ann", [dressed]).tokens == before + VECTORS

@@ -72,8 +72,9 @@ def submit(settings: Settings, database: Database, **wanted: Any) -> str:
         return store.submit(session, new).id
 
 
-def carry_out(settings: Settings, database: Database, job_id: str, sampler: Any) -> None:
-    task.run(job_id, "worker", database, open_blobs(settings), settings, sampler)
+def carry_out(settings: Settings, database: Database, sampler: Any) -> None:
+    """The only job there is gets its turn."""
+    task.run("worker", database, open_blobs(settings), settings, sampler)
 
 
 def test_pictures_are_kept_as_blobs_with_their_seeds_and_parameters(
@@ -81,7 +82,7 @@ def test_pictures_are_kept_as_blobs_with_their_seeds_and_parameters(
 ) -> None:
     sampler = Stub()
     job_id = submit(settings, database, num_images=2)
-    carry_out(settings, database, job_id, sampler)
+    carry_out(settings, database, sampler)
     [order] = sampler.orders
     [adapter] = order.adapters
     assert (order.prompt, adapter.digest, adapter.scale) == ("sks dog", version.digest, 0.5)
@@ -102,9 +103,9 @@ def test_a_second_message_for_the_same_job_does_nothing(
     settings: Settings, database: Database
 ) -> None:
     sampler = Stub()
-    job_id = submit(settings, database)
+    submit(settings, database)
     for _ in range(2):
-        carry_out(settings, database, job_id, sampler)
+        carry_out(settings, database, sampler)
     assert len(sampler.orders) == 1
 
 
@@ -115,7 +116,7 @@ def test_a_sampler_that_died_gets_the_order_again(settings: Settings, database: 
 
     sampler = Stub(die_once)
     job_id = submit(settings, database)
-    carry_out(settings, database, job_id, sampler)
+    carry_out(settings, database, sampler)
     known = look(database, job_id)
     assert known.job.state == "succeeded"
     [warning] = [event for event in known.events if event.level == "warning"]
@@ -130,7 +131,7 @@ def test_a_sampler_that_keeps_dying_fails_the_job_with_what_to_do(
 
     sampler = Stub(die)
     job_id = submit(settings, database)
-    carry_out(settings, database, job_id, sampler)
+    carry_out(settings, database, sampler)
     job = look(database, job_id).job
     assert (job.state, len(sampler.orders)) == ("failed", 2)
     assert job.error is not None
@@ -144,7 +145,7 @@ def test_an_order_that_cannot_be_carried_out_fails_the_job_with_the_reason(
         raise InvalidRequest("the file does not fit")
 
     job_id = submit(settings, database)
-    carry_out(settings, database, job_id, Stub(refuse))
+    carry_out(settings, database, Stub(refuse))
     job = look(database, job_id).job
     assert job.error is not None
     assert (job.state, job.error["detail"]) == ("failed", "the file does not fit")
@@ -157,7 +158,7 @@ def test_a_defect_fails_the_job_and_is_logged(
         raise ZeroDivisionError
 
     job_id = submit(settings, database)
-    carry_out(settings, database, job_id, Stub(break_down))
+    carry_out(settings, database, Stub(break_down))
     job = look(database, job_id).job
     assert job.error is not None
     assert "ZeroDivisionError" in job.error["detail"]
@@ -169,7 +170,7 @@ def test_weights_that_are_gone_fail_the_job(
 ) -> None:
     job_id = submit(settings, database)
     blobs.delete(version.digest)
-    carry_out(settings, database, job_id, Stub())
+    carry_out(settings, database, Stub())
     job = look(database, job_id).job
     assert job.error is not None
     assert (job.state, version.digest in job.error["detail"]) == ("failed", True)
@@ -182,7 +183,7 @@ def test_a_worker_with_another_base_of_that_name_fails_the_job(
     with database.session() as session:
         session.get_one(Job, job_id).base_fingerprint = "0" * 64
     sampler = Stub()
-    carry_out(settings, database, job_id, sampler)
+    carry_out(settings, database, sampler)
     job = look(database, job_id).job
     assert job.error is not None
     assert "other weights" in job.error["detail"]
@@ -199,7 +200,7 @@ def test_a_cancel_reaches_the_sampler_and_ends_the_job(
             pass
 
     job_id = submit(settings, database)
-    carry_out(settings, database, job_id, Stub(cancel))
+    carry_out(settings, database, Stub(cancel))
     known = look(database, job_id)
     assert (known.job.state, known.outcomes) == ("canceled", ["canceled"])
 
@@ -209,11 +210,11 @@ def test_a_shutdown_gives_the_job_back_without_using_up_an_attempt(
 ) -> None:
     job_id = submit(settings, database)
     monkeypatch.setattr(task, "_shutting_down", type("Set", (), {"is_set": lambda self: True})())
-    carry_out(settings, database, job_id, Stub())
+    carry_out(settings, database, Stub())
     known = look(database, job_id)
     assert (known.job.state, known.outcomes) == ("queued", ["drained"])
     monkeypatch.undo()
-    carry_out(settings, database, job_id, Stub())
+    carry_out(settings, database, Stub())
     assert look(database, job_id).job.state == "succeeded"
 
 
@@ -224,7 +225,7 @@ def test_a_job_that_went_on_elsewhere_is_left_alone(settings: Settings, database
         on_progress(1, 25)
 
     job_id = submit(settings, database)
-    carry_out(settings, database, job_id, Stub(lose))
+    carry_out(settings, database, Stub(lose))
     known = look(database, job_id)
     assert (known.job.state, known.job.result, known.outcomes) == ("sampling", None, [None])
 

@@ -1,0 +1,120 @@
+"""Things kept in memory within a budget of bytes, loaded beside other work. Torch-free."""
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
+
+from lookalike_platform.errors import InvalidRequest
+
+Key = TypeVar("Key", bound=Hashable)
+Value = TypeVar("Value")
+
+
+@dataclass
+class Counts:
+    """What has happened since the cache began."""
+
+    hits: int = 0
+    loads: int = 0
+    failures: int = 0
+    evictions: int = 0
+
+
+@dataclass(eq=False)
+class Kept(Generic[Value]):
+    """A value that is there, or being loaded; it stays while `pins` of its takers need it."""
+
+    size: int
+    value: "Future[Value]"
+    pins: int = 0
+
+    @property
+    def stays(self) -> bool:
+        return bool(self.pins) or not self.value.done()
+
+
+@dataclass
+class Cache(Generic[Key, Value]):
+    """The values used last, never more than `budget` bytes of them.
+
+    `take` pins a value until `give_back`; what is not pinned makes room, the one unused for
+    longest first. A key is loaded once however many take it meanwhile. A value that could not be
+    loaded is forgotten: whoever takes it next tries again. Safe to use from any thread.
+
+    size: bytes of a key's value, known before it is loaded, so that loading keeps the budget too.
+    """
+
+    name: str
+    budget: int
+    size: Callable[[Key], int]
+    load: Callable[[Key], Value]
+    loaders: ThreadPoolExecutor
+    counts: Counts = field(default_factory=Counts)
+    _kept: OrderedDict[Key, Kept[Value]] = field(default_factory=OrderedDict)
+    # Callbacks of loads that are done at once come from the thread that asked.
+    _lock: threading.RLock = field(default_factory=threading.RLock)
+
+    def take(self, key: Key) -> Kept[Value] | None:
+        """The value pinned, being loaded or there; None while what is pinned leaves no room.
+
+        Raises InvalidRequest if it is larger than the whole budget, and what `size` raises.
+        """
+        with self._lock:
+            kept = self._kept.get(key)
+            if kept is not None:
+                self.counts.hits += 1
+                self._kept.move_to_end(key)
+            else:
+                kept = self._begin(key)
+            if kept is not None:
+                kept.pins += 1
+            return kept
+
+    def give_back(self, kept: Kept[Value]) -> None:
+        """Once for each `take`."""
+        with self._lock:
+            kept.pins -= 1
+
+    @property
+    def held(self) -> int:
+        """Bytes there, and being loaded."""
+        with self._lock:
+            return sum(kept.size for kept in self._kept.values())
+
+    @property
+    def pinned(self) -> list[Key]:
+        with self._lock:
+            return [key for key, kept in self._kept.items() if kept.pins]
+
+    def _begin(self, key: Key) -> Kept[Value] | None:
+        """Make room and start to load, if there is room to be had."""
+        size = self.size(key)
+        if size > self.budget:
+            raise InvalidRequest(
+                f"It takes {size:,} bytes, and the {self.name} has room for {self.budget:,}: "
+                "raise the budget in the sampler's settings."
+            )
+        pinned = sum(kept.size for kept in self._kept.values() if kept.stays)
+        if pinned + size > self.budget:
+            return None
+        free = self.budget - sum(kept.size for kept in self._kept.values())
+        for other in [other for other, kept in self._kept.items() if not kept.stays]:
+            if size <= free:
+                break
+            free += self._kept.pop(other).size
+            self.counts.evictions += 1
+        self.counts.loads += 1
+        self._kept[key] = kept = Kept(size, self.loaders.submit(self.load, key))
+        kept.value.add_done_callback(lambda _: self._forget_failed(key, kept))
+        return kept
+
+    def _forget_failed(self, key: Key, kept: Kept[Value]) -> None:
+        if not kept.value.exception():
+            return
+        with self._lock:
+            self.counts.failures += 1
+            if self._kept.get(key) is kept:
+                del self._kept[key]

@@ -1,0 +1,121 @@
+"""Adapter files brought into memory, checked before they act. Imports torch.
+
+What is not exactly what was registered for this base is refused by name: nobody gets the base
+alone in its place.
+"""
+
+import math
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lookalike_api.sampling.cache import Cache
+from lookalike_api.sampling.messages import AdapterFile
+from lookalike_platform.errors import InvalidRequest, LookalikeError
+from lookalike_platform.files import sha256_file
+from lookalike_registry.adapter_file import check_against_base
+from lookalike_registry.safetensors_header import read_header
+from lookalike_registry.tensor_file import METHOD_KEY, check_tensors
+from lookalike_trainers.methods.find import rows_of
+from lookalike_trainers.methods.row_adapter import RowAdapter
+
+ITEM_BYTES = 4  # of the widest numbers adapters are kept in
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """An adapter for a base, in memory once whatever it is called: `base` is a ResidentBase."""
+
+    digest: str
+    fingerprint: str
+    file: AdapterFile = field(compare=False)
+    base: Any = field(compare=False, repr=False)
+
+
+class Adapters:
+    """The adapters that act on single rows, those used last: on the host, and on its device.
+
+    A value is None where a file, against its method's habit, must be worn by the whole base.
+    """
+
+    def __init__(self, host_bytes: int, device_bytes: int) -> None:
+        loaders = ThreadPoolExecutor(2, thread_name_prefix="adapters")
+        # One at a time, so that what is copied always finds room on the host.
+        copier = ThreadPoolExecutor(1, thread_name_prefix="copier")
+        self.host: Cache[Wanted, RowAdapter | None] = Cache(
+            "host's adapter cache", host_bytes, _bytes, _load, loaders
+        )
+        self.device: Cache[Wanted, RowAdapter | None] = Cache(
+            "device's adapter cache", device_bytes, _bytes, self._copy, copier
+        )
+
+    def of(self, base: Any) -> Cache[Wanted, RowAdapter | None]:
+        """Where a base's adapters are taken from."""
+        return self.host if base.device.type == "cpu" else self.device
+
+    def _copy(self, wanted: Wanted) -> RowAdapter | None:
+        kept = self.host.take(wanted)
+        if kept is None:
+            raise LookalikeError("The host's adapter cache is smaller than the device's.")
+        try:
+            adapter = kept.value.result()
+            return adapter and adapter.to(wanted.base.device, wanted.base.dtype)
+        finally:
+            self.host.give_back(kept)
+
+
+def acts_on_rows(adapter: AdapterFile) -> bool:
+    """Whether the file's method acts on single rows. Raises InvalidRequest for an unsound file."""
+    acts: bool = _named(adapter, lambda: rows_of(method_of(adapter.path)) is not None)
+    return acts
+
+
+def method_of(path: Path) -> str:
+    return read_header(path).metadata.get(METHOD_KEY, "lora")
+
+
+def check(adapter: AdapterFile, base_folder: Path) -> None:
+    """Raises InvalidRequest, with the adapter's name, unless the file is whole and fits."""
+
+    def look() -> None:
+        if sha256_file(adapter.path) != adapter.digest:
+            raise InvalidRequest("The file is damaged: it is not what was registered.")
+        ours = METHOD_KEY in read_header(adapter.path).metadata
+        (check_tensors if ours else check_against_base)(adapter.path, base_folder)
+
+    _named(adapter, look)
+
+
+def _load(wanted: Wanted) -> RowAdapter | None:
+    check(wanted.file, wanted.base.folder)
+    rows = rows_of(method_of(wanted.file.path))
+    assert rows is not None
+
+    def read() -> RowAdapter | None:
+        adapter = rows(wanted.base, wanted.file.path)
+        if adapter is None:
+            return None
+        wanted.base.edits.check(adapter)
+        return adapter.to(torch.device("cpu"), wanted.base.dtype)
+
+    loaded: RowAdapter | None = _named(wanted.file, read)
+    return loaded
+
+
+def _bytes(wanted: Wanted) -> int:
+    """An upper bound."""
+    tensors = read_header(wanted.file.path).tensors.values()
+    return sum(math.prod(tensor.shape) * ITEM_BYTES for tensor in tensors)
+
+
+def _named(adapter: AdapterFile, look: Callable[[], Any]) -> Any:
+    try:
+        return look()
+    except InvalidRequest as error:
+        raise InvalidRequest(f"{adapter.ref}: {error.detail}", error.fields) from error
+    except FileNotFoundError as error:
+        raise InvalidRequest(f"{adapter.ref}: its file is gone.") from error

@@ -1,0 +1,114 @@
+"""What the cache promises, whatever is asked of it and however slowly things load."""
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lookalike_api.sampling.cache import Cache, Kept
+from lookalike_platform.errors import InvalidRequest
+
+SIZES = {"a": 1, "b": 2, "c": 3, "d": 4, "e": 5}
+BUDGET = 6
+
+
+def make(load: Any, workers: int = 4) -> Cache[str, str]:
+    return Cache("cache", BUDGET, SIZES.__getitem__, load, ThreadPoolExecutor(workers))
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(st.sampled_from("abcde"), st.booleans()), max_size=40))
+def test_the_budget_is_kept_and_what_is_pinned_stays_the_same(
+    actions: list[tuple[str, bool]],
+) -> None:
+    loads: list[str] = []
+    cache = make(lambda key: loads.append(key) or object())
+    taken: list[tuple[str, Kept[Any], Any]] = []
+    for key, give_back in actions:
+        if give_back and taken:
+            cache.give_back(taken.pop(0)[1])
+        elif (kept := cache.take(key)) is not None:
+            taken.append((key, kept, kept.value.result()))
+        else:
+            others = {other for other, _, _ in taken} - {key}
+            assert sum(SIZES[other] for other in others) + SIZES[key] > BUDGET
+        assert cache.held <= BUDGET
+        assert set(cache.pinned) == {key for key, _, _ in taken}
+        for key, _, value in taken:
+            again = cache.take(key)
+            assert again is not None
+            assert again.value.result() is value
+            cache.give_back(again)
+    assert cache.counts.loads == len(loads)
+    assert cache.counts.evictions == len(loads) - len(cache._kept)
+
+
+def test_a_value_is_loaded_once_however_many_take_it_meanwhile() -> None:
+    gate, loads = threading.Event(), []
+
+    def load(key: str) -> str:
+        loads.append(key)
+        gate.wait()
+        return key
+
+    cache = make(load)
+    with ThreadPoolExecutor(8) as threads:
+        taken = list(threads.map(lambda _: cache.take("a"), range(32)))
+        gate.set()
+        assert {kept.value.result() for kept in taken if kept} == {"a"}
+    assert loads == ["a"]
+    assert (cache.counts.loads, cache.counts.hits) == (1, 31)
+
+
+def test_the_one_unused_for_longest_makes_room() -> None:
+    cache = make(str)
+    for key in ("a", "b", "c", "a", "d"):
+        kept = cache.take(key)
+        assert kept is not None
+        kept.value.result()
+        cache.give_back(kept)
+    assert list(cache._kept) == ["a", "d"]
+
+
+def test_what_could_not_be_loaded_is_tried_again_and_pins_nothing() -> None:
+    tries: list[str] = []
+
+    def load(key: str) -> str:
+        tries.append(key)
+        if len(tries) == 1:
+            raise OSError("away")
+        return key
+
+    cache = make(load, workers=1)
+    first = cache.take("e")
+    assert first is not None
+    with pytest.raises(OSError, match="away"):
+        first.value.result()
+    cache.loaders.submit(str).result()  # its callbacks have been called
+    assert (cache.held, cache.pinned, cache.counts.failures) == (0, [], 1)
+    second = cache.take("e")
+    cache.give_back(first)  # late, and of no account
+    assert second is not None
+    assert second.value.result() == "e"
+    assert cache.pinned == ["e"]
+
+
+def test_a_value_being_loaded_is_not_thrown_out_for_another() -> None:
+    gate = threading.Event()
+    cache = make(lambda key: gate.wait() and key)
+    kept = cache.take("d")
+    assert kept is not None
+    cache.give_back(kept)  # canceled meanwhile
+    assert cache.take("c") is None
+    gate.set()
+    kept.value.result()
+    assert cache.take("c") is not None
+
+
+def test_what_can_never_fit_is_refused() -> None:
+    cache = Cache("host's cache", 4, SIZES.__getitem__, str, ThreadPoolExecutor(1))
+    with pytest.raises(InvalidRequest, match="room for 4"):
+        cache.take("e")
