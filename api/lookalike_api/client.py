@@ -324,6 +324,8 @@ class Client:
         init_image: str | Path | None = None,
         strength: float | None = None,
         mask_image: str | Path | None = None,
+        deterministic: bool | None = None,
+        deadline_seconds: float | None = None,
         wait: float = 0,
         idempotency_key: str | None = None,
     ) -> Json:
@@ -353,6 +355,8 @@ class Client:
             init_image=self._image_id(init_image),
             strength=strength,
             mask_image=self._image_id(mask_image),
+            deterministic=deterministic,
+            deadline_seconds=deadline_seconds,
         )
         return self._json(
             "POST",

@@ -45,6 +45,12 @@ def sample(
         Path | None,
         typer.Option(exists=True, dir_okay=False, help="White where to paint in it."),
     ] = None,
+    deterministic: Annotated[
+        bool, typer.Option("--deterministic", help="In a batch of its own: the same pixels always.")
+    ] = False,
+    deadline: Annotated[
+        float | None, typer.Option(help="Seconds after which it is not begun any more.")
+    ] = None,
     out: Annotated[Path, typer.Option(help="Folder for the PNG files.")] = Path(),
     url: Url = None,
     as_json: AsJson = False,
@@ -74,6 +80,8 @@ def sample(
             init_image=init_image,
             strength=strength,
             mask_image=mask,
+            deterministic=deterministic or None,
+            deadline_seconds=deadline,
         )
         follow(look, made["id"], quiet=as_json)
         made = look.generation(made["id"])
