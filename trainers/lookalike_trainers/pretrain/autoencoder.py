@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from lookalike_trainers.pretrain.latents import paint_scenes, to_tensor
 from lookalike_trainers.pretrain.runs import (
     StopSignal,
+    autocast,
     device,
     generator,
     learning_rate,
@@ -134,7 +135,7 @@ def train(
         lr = learning_rate(step, config.steps, config.peak_lr, config.warmup)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        with torch.autocast(where.type, torch.bfloat16):
+        with autocast():
             posterior = vae.encode(x).latent_dist
             noise = torch.randn(posterior.mean.shape, generator=generator(config.seed, step))
             y = vae.decode(posterior.mean + posterior.std * noise.to(where)).sample.float()

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from lookalike_trainers.pretrain.latents import LatentCache
 from lookalike_trainers.pretrain.runs import (
     StopSignal,
+    autocast,
     device,
     generator,
     learning_rate,
@@ -77,7 +78,7 @@ def v_loss(
     Weight of v's squared error: min(SNR + 1, gamma) / (SNR + 1), with SNR + 1 = 1 / s^2.
     """
     a, s = abar[t].sqrt().view(-1, 1, 1, 1), (1 - abar[t]).sqrt().view(-1, 1, 1, 1)
-    with torch.autocast(x0.device.type, torch.bfloat16):
+    with autocast():
         v = model(a * x0 + s * noise, t, tokens)
     error = (v.float() - (a * noise - s * x0)).square().mean((1, 2, 3))
     snr_plus_one = 1 / (1 - abar[t])

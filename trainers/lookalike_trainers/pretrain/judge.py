@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from lookalike_trainers.pretrain.latents import to_tensor
 from lookalike_trainers.pretrain.nouns import STYLES
 from lookalike_trainers.pretrain.runs import (
+    autocast,
     device,
     generator,
     learning_rate,
@@ -118,7 +119,7 @@ def train_judge(
         noun, style, background = (t.to(where) for t in targets(scenes, nouns))
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps, 2e-3, 50, decay=0.7)
-        with torch.autocast(where.type, torch.bfloat16):
+        with autocast():
             verdict = judge(soften(x, draw))
         loss = (
             F.cross_entropy(verdict.noun.float(), noun)

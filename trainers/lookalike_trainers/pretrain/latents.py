@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lookalike_trainers.pretrain.nouns import STYLES, held_out_pairs
-from lookalike_trainers.pretrain.runs import device, save_atomically
+from lookalike_trainers.pretrain.runs import autocast, device, save_atomically
 from lookalike_trainers.pretrain.scenes import Mix, Sprites, caption, draw_scene, paint
 
 
@@ -68,7 +68,7 @@ def encode_scenes(
         captions.append(text)
         pictures.append(picture)
         if len(pictures) == 128 or len(captions) == count:
-            with torch.autocast(where.type, torch.bfloat16):
+            with autocast():
                 mean = vae.encode(to_tensor(pictures).to(where)).latent_dist.mode()
             rows.append((mean.float() * vae.config.scaling_factor).half().cpu().numpy())
             print(f"latents of {len(captions)} scenes", flush=True)

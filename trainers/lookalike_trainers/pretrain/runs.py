@@ -64,6 +64,16 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def autocast() -> torch.autocast:
+    """bf16 on a GPU, and on a CPU with the instructions for it; float32 on others.
+
+    oneDNN emulates bf16 on CPUs without AVX-512, a convolution a hundred times as slowly.
+    """
+    where = device().type
+    fast = where == "cuda" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.autocast(where, torch.bfloat16, enabled=fast)
+
+
 def generator(*seeds: int) -> torch.Generator:
     """A CPU generator that depends on ``seeds`` alone, so a resumed step draws what it would have.
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lookalike_trainers.pretrain.runs import device
+from lookalike_trainers.pretrain.runs import autocast, device
 
 
 def load_pipeline(folder: Path) -> Any:
@@ -33,7 +33,7 @@ def sample(
     for start in range(0, len(prompts), batch):
         part = prompts[start : start + batch]
         draws = [torch.Generator().manual_seed(seed + start + i) for i in range(len(part))]
-        with torch.autocast(device().type, torch.bfloat16):
+        with autocast():
             out = pipe(
                 part,
                 guidance_scale=guidance,
