@@ -20,12 +20,18 @@ from typing import IO
 from lookalike_platform import guard
 from lookalike_platform.guard import die_with_parent
 
-__all__ = ["die_with_parent", "spawn_group", "stop_group"]
+__all__ = ["COMPUTE", "die_with_parent", "spawn_group", "stop_group"]
 
 log = logging.getLogger(__name__)
 
 Stream = IO[bytes] | int | None
 Process = tuple[int, int]  # process id and start time, which together never come back
+
+# The environment of children that compute; an operator's own values go first. Threads that wait for
+# each other spin for microseconds, then sleep: never spinning makes a step take half as long again,
+# spinning for as long as OpenMP does by default makes it take ten times as long as soon as another
+# program wants one of the cores.
+COMPUTE = {"GOMP_SPINCOUNT": "3000"}
 
 # The kernel's death signal follows the *thread* that forked, so all children are started from one
 # thread that lives as long as the process.

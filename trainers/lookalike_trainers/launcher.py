@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lookalike_platform.process import spawn_group, stop_group
+from lookalike_platform.process import COMPUTE, spawn_group, stop_group
 from lookalike_trainers.run_request import RunRequest
 
 log = logging.getLogger(__name__)
@@ -93,12 +93,6 @@ def command(folder: Path, num_processes: int) -> list[str]:
     ]
 
 
-# Threads that wait for each other spin for some microseconds, then sleep. Never spinning makes a
-# step take half as long again; spinning for as long as OpenMP does by default makes it take ten
-# times as long as soon as another program wants one of the cores.
-SPIN_COUNT = "3000"
-
-
 def environment(device: str, num_processes: int = 1) -> dict[str, str]:
     """The worker's own environment, and what makes runs quick, quiet and repeatable."""
     threads = max(1, _cores() // num_processes)
@@ -111,7 +105,7 @@ def environment(device: str, num_processes: int = 1) -> dict[str, str]:
     }
     if device == "cpu":
         ours |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
-    return {"GOMP_SPINCOUNT": SPIN_COUNT, **os.environ, **ours}
+    return {**COMPUTE, **os.environ, **ours}
 
 
 def _cores() -> int:

@@ -15,15 +15,11 @@ from typing import Any
 
 from lookalike_api.sampling.messages import SampleOrder
 from lookalike_platform.errors import InvalidRequest, LookalikeError
-from lookalike_platform.process import spawn_group
+from lookalike_platform.process import COMPUTE, spawn_group
 
 # What the process says; None when it says no more.
 Answers = queue.Queue[dict[str, Any] | None]
 
-# Threads that wait for each other spin for microseconds, then sleep: to spin long slows steps down
-# tenfold as soon as another program wants one of the cores, never to spin makes them half as slow
-# again. An operator's own value goes first.
-SPIN_COUNT = "3000"
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",  # nothing on a request's path asks a hub
     "TOKENIZERS_PARALLELISM": "false",
@@ -178,7 +174,7 @@ class SamplerService:
         # A group of its own: an interrupt typed at the worker leaves the orders in hand alone.
         popen = spawn_group(
             [sys.executable, "-m", "lookalike_api.sampling.process"],
-            env={"GOMP_SPINCOUNT": SPIN_COUNT, **os.environ, **ENVIRONMENT},
+            env={**COMPUTE, **os.environ, **ENVIRONMENT},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
         )

@@ -1,0 +1,294 @@
+"""Serving many adapters at once, on the bundled base: its bars, part by part.
+
+batch      16 requests with 16 adapters at once, beside diffusers that loads, paints and unloads
+           one after another, and beside 16 requests at once without adapters
+rows       the denoiser with a LoRA of rank 8 on every attention layer, another for each of 8
+           rows, beside the denoiser alone
+switch     rows wear another adapter that is in memory: the cache, K's and V's answers, layers
+load       an adapter of 3 MB from its file (in the page cache): digest, checks, tensors
+memory     growth of the process while 1,000 adapters of 0.4 MB act in turn, and the budget
+arrivals   Poisson arrivals at a share of capacity, joining between steps, beside batches that run
+           to their end, and the latency of a request alone
+
+What is compared takes turns in this process; medians count. Capacity is the rate at which requests
+end that were all sent at once. `least` is what no scheduler can beat: at rate r as many as b(r)
+requests are in work on average (Little), b(r) being the fewest that the denoiser finishes at this
+rate, b / f(b) = r with f(b) the seconds of its steps for b requests at once.
+"""
+
+import argparse
+import gc
+import random
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+import orders
+import torch
+from orders import Painter, turns, write_lora
+
+from lookalike_api.sampling.loading import Wanted
+from lookalike_api.sampling.messages import AdapterFile
+from lookalike_platform import bases
+from lookalike_platform.conditioning import Text, predict
+from lookalike_platform.samplers import make_sampler
+from lookalike_platform.settings import Settings
+from lookalike_trainers.methods.row_edits import Outfit, Slot
+
+MANY = 16
+ROWS = 8
+RANK = 8
+
+
+def batch(painter: Painter, worn: list[AdapterFile], asked: argparse.Namespace) -> None:
+    from diffusers import StableDiffusionPipeline
+
+    base = painter.resident
+    pipeline = StableDiffusionPipeline.from_pretrained(base.folder, dtype=base.dtype)
+    pipeline.to(base.device).set_progress_bar_config(disable=True)
+    config = dict(pipeline.scheduler.config)
+
+    def one_after_another() -> None:
+        for number, file in enumerate(worn):
+            pipeline.load_lora_weights(file.path.parent, weight_name=file.path.name)
+            pipeline.scheduler = make_sampler("dpmsolver++", config)
+            pipeline(
+                orders.prompt(number),
+                num_inference_steps=painter.steps,
+                guidance_scale=orders.GUIDANCE,
+                generator=torch.Generator().manual_seed(number),
+                cross_attention_kwargs={"scale": file.scale},
+            )
+            pipeline.unload_lora_weights()
+
+    seconds = turns(
+        {
+            "one after another": one_after_another,
+            "together": lambda: painter.together([[file] for file in worn]),
+            "without": lambda: painter.together([[]] * MANY),
+        },
+        asked.rounds,
+        base.device,
+    )
+    slow, ours, bare = (statistics.median(taken) for taken in seconds.values())
+    print(f"batch: diffusers, one after another {slow:.2f} s; together {ours:.2f} s, ", end="")
+    print(f"without adapters {bare:.2f} s ({painter.steps} steps)")
+    print(f"    {slow / ours:.2f} times the throughput (bar 4)")
+    print(f"    {ours / bare:.3f} of the time without adapters (bar 1.25)")
+
+
+def rows(painter: Painter, worn: list[AdapterFile], asked: argparse.Namespace) -> None:
+    base = painter.resident
+    text = _texts(painter, ROWS)
+    slots = [_slot(painter, file, text[n : n + 1]) for n, file in enumerate(worn[:ROWS])]
+    seconds: dict[str, list[float]] = {"alone": [], "worn": []}
+    with torch.inference_mode():
+        for _ in range(10 * asked.rounds):
+            for way, edits in (("alone", []), ("worn", slots)):
+                base.edits.put_on(edits)
+                seconds[way].append(_denoise(painter, text))
+    base.edits.put_on([])
+    alone, dressed = (statistics.median(taken) for taken in seconds.values())
+    print(f"rows: denoiser alone {alone * 1e3:.1f} ms, with {ROWS} LoRAs {dressed * 1e3:.1f} ms")
+    print(f"    {dressed / alone - 1:+.1%} (bar +25%)")
+
+
+def switch(painter: Painter, worn: list[AdapterFile], asked: argparse.Namespace) -> None:
+    text = _texts(painter, 2)
+
+    def wear(file: AdapterFile) -> None:
+        painter.resident.edits.put_on([_slot(painter, file, text)])
+
+    with torch.inference_mode():
+        seconds = _each(wear, worn, asked.rounds, painter)
+    painter.resident.edits.put_on([])
+    print(f"switch: {statistics.median(seconds) * 1e3:.2f} ms (bar 5 ms)")
+
+
+def load(painter: Painter, folder: Path, asked: argparse.Namespace) -> None:
+    base = painter.resident
+    smallest = write_lora(base.unet, folder / "smallest.safetensors", 1, 0)
+    rank = round(3e6 / smallest.path.stat().st_size)
+    files = [
+        write_lora(base.unet, folder / f"large-{n}.safetensors", rank, n)
+        for n in range(4 * asked.rounds)
+    ]
+    seconds = _each(lambda file: _kept(painter, file), files, 1, painter)
+    size = files[0].path.stat().st_size / 1e6
+    print(f"load: {statistics.median(seconds) * 1e3:.1f} ms for {size:.1f} MB (bar 50 ms)")
+
+
+def memory(painter: Painter, folder: Path, asked: argparse.Namespace) -> None:
+    from lookalike_api.sampling.loading import Adapters
+
+    budget = 64 * 2**20
+    files = [
+        write_lora(painter.resident.unet, folder / f"many-{n}.safetensors", RANK // 2, n)
+        for n in range(1000)
+    ]
+    whole, painter.adapters = painter.adapters, Adapters(budget, budget)
+    gc.collect()
+    before = _resident_bytes()
+    for file in files:
+        _kept(painter, file)
+    held = painter.adapters.of(painter.resident).held
+    grown = _resident_bytes() - before
+    painter.adapters = whole
+    on_disk = sum(file.path.stat().st_size for file in files)
+    print(f"memory: {grown / 2**20:.0f} MiB more, {held / 2**20:.0f} MiB of tensors kept, ", end="")
+    print(f"{on_disk / 2**20:.0f} MiB in files (bar {budget / 2**20:.0f} MiB)")
+
+
+def arrivals(painter: Painter, worn: list[AdapterFile], asked: argparse.Namespace) -> None:
+    painter.together([[file] for file in worn])
+    latencies: dict[str, list[float]] = {"alone": [], "joining": [], "to the end": []}
+    capacities = []
+    for number in range(asked.rounds):
+        for file in worn[:3]:
+            started = time.perf_counter()
+            painter.together([[file]])
+            latencies["alone"].append(time.perf_counter() - started)
+        started = time.perf_counter()
+        painter.together([[file] for _, file in zip(range(2 * MANY), cycle(worn), strict=False)])
+        capacities.append(2 * MANY / (time.perf_counter() - started))
+        rate = asked.load * statistics.median(capacities)
+        for way in ("joining", "to the end"):
+            latencies[way] += _served(painter, worn, rate, asked.requests, number, way)
+    unloaded = statistics.median(latencies["alone"])
+    capacity = statistics.median(capacities)
+    print(f"arrivals: alone {unloaded:.2f} s, capacity {capacity:.2f} a second")
+    for way in ("joining", "to the end"):
+        p50, p95 = (statistics.quantiles(latencies[way], n=20)[place] for place in (9, 18))
+        print(f"    {way}: p50 {p50 / unloaded:.2f}, p95 {p95 / unloaded:.2f} of alone ", end="")
+        print(f"at {asked.load:g} of capacity" + (" (bar p95 2.0)" * (way == "joining")))
+    _print_least(painter, asked.load, capacity)
+
+
+def _served(
+    painter: Painter, worn: list[AdapterFile], rate: float, count: int, seed: int, way: str
+) -> list[float]:
+    """Latencies of Poisson arrivals, from when they were due; `to the end` nobody joins others."""
+    drawn = random.Random(seed)
+    at, due = time.perf_counter(), []
+    for _ in range(count):
+        due.append(at := at + drawn.expovariate(rate))
+    wearing = cycle(worn)
+    sent: dict[int, float] = {}
+    latencies: list[float] = []
+    while len(latencies) < count:
+        if way == "joining" or not sent:
+            while due and due[0] <= time.perf_counter():
+                if way == "to the end" and len(sent) == MANY:
+                    break
+                sent[painter.send([next(wearing)])] = due.pop(0)
+        ends = painter.turn(0.002)
+        latencies += [at - sent.pop(number) for number, at in ends.items()]
+    return latencies
+
+
+def _print_least(painter: Painter, share: float, capacity: float) -> None:
+    curve = {}
+    for count in (1, 2, 4, 8, 16, 32):
+        text = _texts(painter, 2 * count)  # guided: two rows each
+        with torch.inference_mode():
+            _denoise(painter, text)
+            curve[count] = statistics.median(_denoise(painter, text) for _ in range(5))
+    each = ", ".join(f"{count}: {s * 1e3:.0f} ms" for count, s in curve.items())
+    print(f"    the denoiser for so many requests at once: {each}")
+    rate = share * capacity * painter.steps  # steps of requests a second
+    enough = [f"{count / rate / curve[1]:.2f}" for count, s in curve.items() if count / s >= rate]
+    print(f"    least: {enough[0] if enough else 'no batch reaches this rate'} of alone on average")
+
+
+def _texts(painter: Painter, count: int) -> Text:
+    read = painter.resident.read
+    return Text.cat([read(orders.prompt(number), []).text for number in range(count)])
+
+
+def _slot(painter: Painter, file: AdapterFile, text: Text) -> Slot:
+    outfit: Outfit = ((_kept(painter, file), file.scale),)
+    rows_of_text = len(text.features)
+    return Slot(outfit, rows_of_text, painter.resident.edits.answers(outfit, text.features))
+
+
+def _kept(painter: Painter, file: AdapterFile) -> Any:
+    """The adapter from the cache, loaded if it is not there."""
+    base = painter.resident
+    cache = painter.adapters.of(base)
+    kept = cache.take(Wanted(file.digest, painter.base.fingerprint, file, base))
+    assert kept is not None
+    adapter = kept.value.result()
+    cache.give_back(kept)
+    return adapter
+
+
+def _denoise(painter: Painter, text: Text) -> float:
+    """Seconds of one call of the denoiser."""
+    base, count = painter.resident, len(text.features)
+    side = base.resolution // base.vae_scale
+    seen = torch.randn(count, base.channels, side, side).to(base.device, base.dtype)
+    timesteps = torch.full((count,), 500, device=base.device)
+
+    started = time.perf_counter()
+    predict(base.unet, seen, timesteps, text)
+    if base.device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def _each(
+    work: Callable[[AdapterFile], Any], files: list[AdapterFile], rounds: int, painter: Painter
+) -> list[float]:
+    """Seconds for each file, every round."""
+    seconds = []
+    for _ in range(rounds):
+        for file in files:
+            started = time.perf_counter()
+            work(file)
+            if painter.resident.device.type == "cuda":
+                torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - started)
+    return seconds
+
+
+def _resident_bytes() -> int:
+    (line,) = [x for x in Path("/proc/self/status").read_text().splitlines() if "VmRSS" in x]
+    return int(line.split()[1]) * 1024
+
+
+FILES_OF_THEIR_OWN = {"load": load, "memory": memory}
+PARTS = {"batch": batch, "rows": rows, "switch": switch, "arrivals": arrivals}
+
+
+def main() -> None:
+    orders.as_workers_do()
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    names = [*PARTS, *FILES_OF_THEIR_OWN]
+    parser.add_argument("parts", nargs="*", default=names, help=", ".join(names))
+    parser.add_argument("--base", default="pocket-64")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=25)
+    parser.add_argument("--load", type=float, default=0.8, help="arrivals: the share of capacity")
+    parser.add_argument("--requests", type=int, default=60, help="arrivals: a round")
+    asked = parser.parse_args()
+    with tempfile.TemporaryDirectory() as home:
+        folder = Path(home)
+        base = bases.resolve(asked.base, Settings(home=folder))
+        painter = Painter(base, folder, 2**30, asked.steps)
+        worn = [
+            write_lora(painter.resident.unet, folder / f"worn-{n}.safetensors", RANK, n)
+            for n in range(MANY)
+        ]
+        for name in asked.parts:
+            if name in PARTS:
+                PARTS[name](painter, worn, asked)
+            else:
+                FILES_OF_THEIR_OWN[name](painter, folder, asked)
+
+
+if __name__ == "__main__":
+    main()
