@@ -1,9 +1,9 @@
 """Many orders at once: one call of the denoiser a step for all that can share it. Imports torch.
 
 order ──→ waiting ──→ group ──→ batch, step by step ──→ pictures
-          its base      same base, latent size and
-          and adapters  whole-base adapters; whatever
-          load          rows wear, and how they walk
+          its base      same base, latent size, whole-base
+          and adapters  adapters and number of regions;
+          load          whatever rows wear, and how they walk
 
 A group takes more orders in before any step (continuous batching) while their pixels fit. Groups
 take turns. To change what a whole base wears takes time, so that it happens only after `STRETCH`
@@ -24,9 +24,10 @@ import torch
 from lookalike_api.sampling.loading import Adapters, Wanted, acts_on_rows
 from lookalike_api.sampling.messages import AdapterFile, SampleOrder
 from lookalike_api.sampling.models import ResidentBase, ResidentBases
-from lookalike_api.sampling.painting import Batch, Painting, by_layer
+from lookalike_api.sampling.painting import Asked, Batch, Painting
+from lookalike_api.sampling.parts import same_depth
 from lookalike_api.sampling.pictures import save
-from lookalike_platform.conditioning import predict
+from lookalike_platform.conditioning import Text, predict
 from lookalike_platform.diffusion import decode
 from lookalike_platform.errors import LookalikeError
 from lookalike_platform.jobs.reaper import LATE
@@ -99,8 +100,7 @@ class Engine:
         self._turns += 1
         group.served = self._turns
         try:
-            with torch.inference_mode(False):
-                group.base.wear(group.worn)
+            group.base.wear(group.worn)
         except Exception as error:
             for batch in group.batches:
                 self._end(batch.painting, told(error))
@@ -137,9 +137,8 @@ class Engine:
         base = self._bases.get(order.base_fingerprint, order.base_folder, order.device, in_use)
         if base is None:
             return None
-        by_row = [file for file in order.adapters if acts_on_rows(file)]
-        whole = tuple(file for file in order.adapters if file not in by_row)
-        painting = Painting(number, order, base, whole, alone=order.alone)
+        by_row = [file for file in order.files if acts_on_rows(file)]
+        painting = Painting(number, order, base, alone=order.alone)
         cache = self.adapters.of(base)
         try:
             for file in by_row:
@@ -165,20 +164,16 @@ class Engine:
 
     def _group(self, painting: Painting) -> None:
         """Raises what loading an adapter raised."""
-        order = painting.order
-        whole = [(file, kept) for file, kept in painting.taken if kept.value.result() is None]
+        whole = [pair for pair in painting.taken if pair[1].value.result() is None]
         for pair in whole:  # not to be told apart by rows after all
             painting.taken.remove(pair)
             self.adapters.of(painting.base).give_back(pair[1])
-        painting.worn += tuple(file for file, _ in whole)
-        painting.split(max(1, BATCH_PIXELS // (order.width * order.height)))
+        painting.split(BATCH_PIXELS)
         self._queue(painting)
 
     def _queue(self, painting: Painting) -> None:
-        order, base = painting.order, painting.base
-        mine = painting.number if painting.alone else None
-        key = (base, painting.worn, order.width, order.height, mine)
-        group = self._groups.setdefault(key, Group(base, painting.worn))
+        key = (painting.base, painting.kind)
+        group = self._groups.setdefault(key, Group(painting.base, painting.worn))
         group.waiting.extend(painting.batches)
 
     def _next(self) -> Group | None:
@@ -211,31 +206,20 @@ class Engine:
             self._say(painting.number, {"type": "begun"})
             group.acting.append(batch)
         # Rows that wear the same stand together.
-        outfits = [batch.outfit for batch in group.acting]
-        group.acting.sort(key=lambda batch: outfits.index(batch.outfit))
+        outfits = [batch.parts[0].outfit for batch in group.acting]
+        group.acting.sort(key=lambda batch: outfits.index(batch.parts[0].outfit))
 
     def _step(self, group: Group) -> None:
         asked = [batch.asked() for batch in group.acting]
         try:
-            group.base.edits.put_on(merged([one.slot for one in asked]))
-            said = predict(
-                group.base.unet,
-                torch.cat([one.seen for one in asked]),
-                torch.cat([one.timesteps for one in asked]),
-                by_layer([one.text for one in asked]),
-            ).split([len(one.seen) for one in asked])
+            said = iter(_told_by(group.base, [one for parts in asked for one in parts]))
         except Exception as error:
             self._apart(group, error)
             return
-        for batch, prediction in zip(list(group.acting), said, strict=True):
-            walk = batch.walk
-            assert walk is not None
+        for batch in list(group.acting):
+            mine = [next(said) for _ in batch.parts]
             try:
-                if walk.guided:
-                    unconditional, conditional = prediction.chunk(2)
-                    walk.answer(conditional, unconditional)
-                else:
-                    walk.answer(prediction)
+                batch.answer(mine)
             except Exception as error:
                 self._end(batch.painting, told(error))
         self._tell(group)
@@ -317,13 +301,29 @@ class Engine:
             cache.give_back(painting.taken.pop()[1])
 
 
+def _told_by(base: ResidentBase, asked: list[Asked]) -> list[torch.Tensor]:
+    """What the denoiser predicts; it is called once for what neighbours want it to wear."""
+    said: list[torch.Tensor] = []
+    for worn, same in groupby(asked, key=lambda one: one.worn):
+        rows = list(same)
+        base.wear(worn)
+        base.edits.put_on(merged([one.slot for one in rows]))
+        said += predict(
+            base.unet,
+            torch.cat([one.seen for one in rows]),
+            torch.cat([one.timesteps for one in rows]),
+            Text.cat(same_depth([one.text for one in rows])),
+        ).split([len(one.seen) for one in rows])
+    return said
+
+
 def merged(slots: list[Slot]) -> list[Slot]:
-    """Neighbours that wear the same as one slot."""
+    """Neighbours that wear the same in the same places as one slot."""
     whole = []
-    for outfit, same in groupby(slots, key=lambda slot: slot.outfit):
+    for (outfit, layout), same in groupby(slots, key=lambda slot: (slot.outfit, slot.layout)):
         parts = list(same)
         answers = {name: torch.cat([p.answers[name] for p in parts]) for name in parts[0].answers}
-        whole.append(Slot(outfit, sum(part.rows for part in parts), answers))
+        whole.append(Slot(outfit, sum(part.rows for part in parts), answers, layout))
     return whole
 
 

@@ -36,6 +36,17 @@ class AdapterFile:
     word: str = ""
 
 
+@dataclass(frozen=True)
+class Region:
+    """A place in the pictures with a prompt and adapters of its own: `box` (left, top, right,
+    bottom as shares of the picture) or `mask_image`, white where it is."""
+
+    prompt: str
+    adapters: tuple[AdapterFile, ...]
+    box: tuple[float, float, float, float] | None = None
+    mask_image: Path | None = None
+
+
 PATHS = ("base_folder", "folder", "init_image", "mask_image")
 
 
@@ -49,6 +60,8 @@ class SampleOrder:
     alone: in a batch of its own, so that its pictures are the same to the bit each time
     deadline: seconds since the epoch, after which it is not begun; None is never
     init_image, mask_image: PNG files; `strength` goes with the former
+    regions: later ones lie over earlier ones; `prompt` and `adapters` are of what none covers
+    compose: how they come together, "attention" or "latents" (docs/regions.md)
     """
 
     base_fingerprint: str
@@ -75,27 +88,50 @@ class SampleOrder:
     init_image: Path | None = None
     strength: float | None = None
     mask_image: Path | None = None
+    regions: tuple[Region, ...] = ()
+    compose: str = "attention"
+
+    @property
+    def files(self) -> list[AdapterFile]:
+        """All adapters, wherever they act, each once."""
+        regional = [file for region in self.regions for file in region.adapters]
+        return list(dict.fromkeys([*self.adapters, *regional]))
 
     def to_json(self) -> dict[str, Any]:
         plain = asdict(self)
         for name in PATHS:
             plain[name] = plain[name] and str(plain[name])
-        for adapter in plain["adapters"]:
-            adapter["path"] = str(adapter["path"])
+        for wearer in (plain, *plain["regions"]):
+            for adapter in wearer["adapters"]:
+                adapter["path"] = str(adapter["path"])
+        for region in plain["regions"]:
+            region["mask_image"] = region["mask_image"] and str(region["mask_image"])
         return plain
 
     @classmethod
     def from_json(cls, plain: dict[str, Any]) -> Self:
-        adapters = tuple(
-            AdapterFile(**{**adapter, "path": Path(adapter["path"])})
-            for adapter in plain["adapters"]
-        )
         return cls(
             **{
                 **plain,
-                "adapters": adapters,
+                "adapters": _adapters(plain),
+                "regions": tuple(_region(region) for region in plain["regions"]),
                 **{name: plain[name] and Path(plain[name]) for name in PATHS},
                 "parameters": tuple(plain["parameters"]),
                 "guidance_interval": tuple(plain["guidance_interval"]),
             }
         )
+
+
+def _region(plain: dict[str, Any]) -> Region:
+    return Region(
+        plain["prompt"],
+        _adapters(plain),
+        plain["box"] and tuple(plain["box"]),
+        plain["mask_image"] and Path(plain["mask_image"]),
+    )
+
+
+def _adapters(plain: dict[str, Any]) -> tuple[AdapterFile, ...]:
+    return tuple(
+        AdapterFile(**{**adapter, "path": Path(adapter["path"])}) for adapter in plain["adapters"]
+    )

@@ -106,19 +106,20 @@ class ResidentBase:
         """
         if self.worn == tuple(adapters):
             return
-        while self._worn:
-            self._worn.pop()[1]()
-        try:
-            for adapter in adapters:
-                check(adapter, self.folder)
-                put_on = wear_of(method_of(adapter.path))
-                self._worn.append(
-                    (adapter, put_on(self, adapter.path, adapter.scale, adapter.word))
-                )
-        except BaseException:
+        with torch.inference_mode(False):  # weights changed in it could not be changed back
             while self._worn:
                 self._worn.pop()[1]()
-            raise
+            try:
+                for adapter in adapters:
+                    check(adapter, self.folder)
+                    put_on = wear_of(method_of(adapter.path))
+                    self._worn.append(
+                        (adapter, put_on(self, adapter.path, adapter.scale, adapter.word))
+                    )
+            except BaseException:
+                while self._worn:
+                    self._worn.pop()[1]()
+                raise
 
     @property
     def worn(self) -> tuple[AdapterFile, ...]:

@@ -1,6 +1,6 @@
 """One order on its way through the engine. Imports torch."""
 
-from collections.abc import Sequence
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,27 +9,28 @@ from PIL import Image
 
 from lookalike_api.sampling.cache import Kept
 from lookalike_api.sampling.messages import AdapterFile, SampleOrder
-from lookalike_api.sampling.models import Dressed, Read, ResidentBase
+from lookalike_api.sampling.models import ResidentBase
+from lookalike_api.sampling.parts import ATTENTION, Part, check_regional, parts_of
 from lookalike_api.sampling.start import start_of
 from lookalike_platform.conditioning import Text
 from lookalike_platform.diffusion import draw, generators_of
 from lookalike_platform.guidance import Guidance
 from lookalike_platform.samplers import make_sampler
 from lookalike_platform.walk import Walk
-from lookalike_trainers.methods.row_edits import Answers, Outfit, Slot
+from lookalike_trainers.methods.row_adapter import RowAdapter
+from lookalike_trainers.methods.row_edits import Slot
 
 
 @dataclass(eq=False)
 class Painting:
     """An order, what it holds in memory, and its pictures as they come.
 
-    worn: adapters for the whole base; taken: those for single rows, pinned in their cache.
+    taken: adapters that act on single rows, pinned in their cache; the whole base wears the others
     """
 
     number: int
     order: SampleOrder
     base: ResidentBase
-    worn: tuple[AdapterFile, ...] = ()
     taken: list[tuple[AdapterFile, Kept[Any]]] = field(default_factory=list)
     alone: bool = False
     batches: list["Batch"] = field(default_factory=list)
@@ -43,9 +44,32 @@ class Painting:
     def done(self) -> bool:
         return all(batch.pictures for batch in self.batches)
 
-    def split(self, most: int) -> None:
-        """Into batches of at most so many pictures."""
-        count = self.order.num_images
+    @property
+    def worn(self) -> tuple[AdapterFile, ...]:
+        """Of the order's own adapters those that the whole base wears."""
+        by_row = dict(self.taken)
+        return tuple(file for file in self.order.adapters if file not in by_row)
+
+    @property
+    def kind(self) -> Hashable:
+        """Pictures of one kind can share a call of the denoiser: their texts are of one length,
+        and the base wears the same for all that is asked of them."""
+        order, by_row = self.order, dict(self.taken)
+        own = self.alone or (order.regions and any(file not in by_row for file in order.files))
+        beside = len(order.regions) if order.compose == ATTENTION else 0
+        return order.width, order.height, self.worn, beside, self.number if own else None
+
+    @property
+    def questions(self) -> int:
+        """How often at most the denoiser is asked of a picture in one step."""
+        return 1 if self.order.compose == ATTENTION else 1 + len(self.order.regions)
+
+    def split(self, pixels: int) -> None:
+        """Into batches of at most so many pixels. Raises InvalidRequest for adapters, all of them
+        loaded, that cannot act where they are to."""
+        check_regional(self.order, self._by_row())
+        order, count = self.order, self.order.num_images
+        most = max(1, pixels // (order.width * order.height * self.questions))
         self.batches = [
             Batch(self, range(first, min(first + most, count))) for first in range(0, count, most)
         ]
@@ -62,15 +86,10 @@ class Painting:
         Raises InvalidRequest for what the base cannot do.
         """
         base, order = self.base, self.order
-        dressed = [Dressed(kept.value.result(), file) for file, kept in self.taken]
-        text = base.read(order.prompt, dressed)
-        blank = base.read_negative(order.negative_prompt, dressed)
-        self.warnings = self._truncations(text, base.read(order.negative_prompt, dressed))
-        batch.outfit = tuple((one.adapter, one.file.scale) for one in dressed)
         count = len(batch.numbers)
-        batch.text = by_layer([blank.text, text.text])
-        batch.text = Text.cat([batch.text[:1].expand(count), batch.text[1:].expand(count)])
-        batch.answers = base.edits.answers(batch.outfit, batch.text.features)
+        batch.parts = parts_of(order, base, self._by_row(), count)
+        warnings = [warning for part in batch.parts for warning in part.warnings]
+        self.warnings = list(dict.fromkeys(warnings))
         generators = generators_of([order.seed + i for i in batch.numbers])
         start = start_of(order, base.vae, generators)
         sides = order.height // base.vae_scale, order.width // base.vae_scale
@@ -89,15 +108,8 @@ class Painting:
             eta=order.eta,
         )
 
-    def _truncations(self, text: Read, blank: Read) -> list[str]:
-        """A warning for each text longer than the encoder reads."""
-        most = self.base.max_tokens
-        return [
-            f"The {name} is {read.tokens} tokens long and was cut off after {most}, "
-            "which is all this base model reads."
-            for name, read in (("prompt", text), ("negative prompt", blank))
-            if read.tokens > most
-        ]
+    def _by_row(self) -> dict[AdapterFile, RowAdapter]:
+        return {file: kept.value.result() for file, kept in self.taken}
 
 
 @dataclass(eq=False)
@@ -105,58 +117,68 @@ class Batch:
     """Pictures of one order that walk together.
 
     numbers: of the pictures in the order
-    text: for each picture the negative prompt, then for each the prompt
-    answers: what K and V say more of each of these
+    parts: what is asked of them at each step
     """
 
     painting: Painting
     numbers: range
-    outfit: Outfit = ()
-    text: Text | None = None
-    answers: Answers = field(default_factory=dict)
+    parts: list[Part] = field(default_factory=list)
     walk: Walk | None = None
     pictures: list[Image.Image] = field(default_factory=list)
 
     @property
     def pixels(self) -> int:
         order = self.painting.order
-        return order.width * order.height * len(self.numbers)
+        return order.width * order.height * len(self.numbers) * self.painting.questions
 
-    def asked(self) -> "Asked":
-        """What this step wants to know of the denoiser."""
-        walk, text = self.walk, self.text
+    def asked(self) -> list["Asked"]:
+        """What this step wants to know of the denoiser, part by part."""
+        walk = self.walk
         assert walk is not None
-        assert text is not None
         seen, timesteps = walk.ask()
         if walk.guided:
             rows = slice(None)
             seen, timesteps = torch.cat([seen, seen]), torch.cat([timesteps, timesteps])
         else:
             rows = slice(len(seen), None)
-        answers = {name: said[rows] for name, said in self.answers.items()}
-        return Asked(seen, timesteps, text[rows], Slot(self.outfit, len(seen), answers))
+
+        def ask(part: Part) -> Asked:
+            answers = {name: said[rows] for name, said in part.answers.items()}
+            slot = Slot(part.outfit, len(seen), answers, part.layout)
+            return Asked(seen, timesteps, part.text[rows], slot, part.worn)
+
+        return [ask(part) for part in self.parts]
+
+    def answer(self, said: list[torch.Tensor]) -> None:
+        """Go on with what the denoiser predicts, part by part.
+
+        MultiDiffusion's x = sum of m_r x_r / sum of m_r (Bar-Tal et al. 2023, equation 5) is of
+        latents after a step. Where each latent is of one region, and a step takes each latent
+        from that one's prediction, a sum of predictions is the same, for every sampler.
+        """
+        walk = self.walk
+        assert walk is not None
+        predicted = placed(said, [part.place for part in self.parts])
+        if walk.guided:
+            unconditional, conditional = predicted.chunk(2)
+            walk.answer(conditional, unconditional)
+        else:
+            walk.answer(predicted)
 
 
 @dataclass(frozen=True)
 class Asked:
-    """Rows of a batch: latents [rows, c, h, w], timesteps [rows], texts, and what they wear."""
+    """Rows of a batch: latents [rows, c, h, w], timesteps [rows], texts, and what they, and the
+    whole base, wear."""
 
     seen: torch.Tensor
     timesteps: torch.Tensor
     text: Text
     slot: Slot
+    worn: tuple[AdapterFile, ...]
 
 
-def by_layer(texts: Sequence[Text]) -> Text:
-    """Texts of one base in one: where some have features by layer, the others repeat theirs."""
-    layers = max((text.features.shape[1] for text in texts if text.features.dim() == 4), default=0)
-    if layers:
-        texts = [
-            text
-            if text.features.dim() == 4
-            else Text(
-                text.features.unsqueeze(1).expand(-1, layers, -1, -1), text.pooled, text.time_ids
-            )
-            for text in texts
-        ]
-    return Text.cat(texts)
+def placed(said: list[torch.Tensor], places: list[torch.Tensor | None]) -> torch.Tensor:
+    """Of predictions [rows, c, h, w] each in its own place."""
+    whole = [one if place is None else place * one for one, place in zip(said, places, strict=True)]
+    return torch.stack(whole).sum(0) if len(whole) > 1 else whole[0]

@@ -1,17 +1,18 @@
 """Many adapters in one call of a UNet, each on its own rows of the batch. Torch.
 
-    y_n + B_n M_n(t_n) A_n x_n + h_n      for row n
+    y_n + B_n M_n(t_n, p) A_n x_n + h_n      for row n, at its place p
 
 Rows that wear the same make a slot. A layer's products stand side by side, A [slots, in, R] and
 B [slots, R, out], ranks padded to R with zeros and those of one slot concatenated; scales are in
 B. Two batched products of matrices then serve all slots (Punica, Chen et al. 2023, does so for
 language models). What depends on the text alone (row_adapter.py) is computed once, by `answers`.
+M is row_masks.py's; the places matter where a picture has regions (layout.py).
 
 A batch of a single slot is changed by each product as `products.py` does it, to the bit.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import astuple, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,8 +20,10 @@ from torch import nn
 from torch.nn import functional
 
 from lookalike_platform.errors import FieldProblem, InvalidRequest
+from lookalike_trainers.methods.layout import Layout, hear_own_region
 from lookalike_trainers.methods.products import change_by, own_layers
-from lookalike_trainers.methods.row_adapter import Ranks, RowAdapter
+from lookalike_trainers.methods.row_adapter import RowAdapter
+from lookalike_trainers.methods.row_masks import Mask, Worn, mask_of, masked
 from lookalike_trainers.methods.text_by_layer import cross_attention, take_own_text
 
 Rows = slice | torch.Tensor
@@ -34,21 +37,15 @@ Change = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 @dataclass(frozen=True, eq=False)
 class Slot:
-    """Rows that stand together in a batch and wear the same; `RowEdits.answers` gives answers."""
+    """Rows that stand together in a batch and wear the same; `RowEdits.answers` gives answers.
+
+    layout: where of a picture each adapter acts, and each token is heard; None is everywhere
+    """
 
     outfit: Outfit
     rows: int
     answers: Answers = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class _Worn:
-    """A product at its scale, and which of its ranks act."""
-
-    down: torch.Tensor
-    up: torch.Tensor
-    scale: float
-    ranks: Ranks | None
+    layout: Layout | None = None
 
 
 class RowEdits:
@@ -56,7 +53,8 @@ class RowEdits:
 
     def __init__(self, unet: nn.Module) -> None:
         self._layers = own_layers(unet)
-        places = {module: place for place, module in enumerate(cross_attention(unet))}
+        self._readers = cross_attention(unet)
+        places = {module: place for place, module in enumerate(self._readers)}
         self._heard = {
             f"{name}.{end}": places[module]
             for name, module in unet.named_modules()
@@ -98,7 +96,10 @@ class RowEdits:
         return total
 
     def put_on(self, slots: Sequence[Slot]) -> None:
-        """From now on the batch's rows wear this, slot after slot, and nothing else."""
+        """From now on the batch's rows wear this, slot after slot, and nothing else.
+
+        Raises ValueError if some of them have regions and others have none.
+        """
         for handle in self._handles:
             handle.remove()
         self._handles = []
@@ -106,6 +107,11 @@ class RowEdits:
             changes = list(self._changes(name, layer, slots))
             if changes:
                 self._handles.append(layer.register_forward_hook(_hook(changes)))
+        layouts = [slot.layout for slot in slots for _ in range(slot.rows) if slot.layout]
+        if layouts:
+            if len(layouts) < sum(slot.rows for slot in slots):
+                raise ValueError("rows with regions and rows without read texts of other lengths")
+            self._handles += hear_own_region(self._readers, layouts)
 
     def _said(self, adapter: RowAdapter, name: str, e: torch.Tensor) -> torch.Tensor | None:
         if name in adapter.answers:
@@ -116,68 +122,56 @@ class RowEdits:
         return None
 
     def _changes(self, name: str, layer: Any, slots: Sequence[Slot]) -> Iterator[Change]:
-        worn = [self._worn(name, slot.outfit) for slot in slots]
+        worn = [self._worn(name, slot) for slot in slots]
         if len(slots) == 1:
-            yield from (self._alone(layer, one, slots[0].rows) for one in worn[0])
+            yield from (self._alone(name, layer, one, slots[0]) for one in worn[0])
         elif any(worn):
-            yield self._stacked(layer, slots, worn)
+            yield self._stacked(name, layer, slots, worn)
         if any(name in slot.answers for slot in slots):
             yield _said_too(name, layer, slots)
 
-    def _worn(self, name: str, outfit: Outfit) -> list[_Worn]:
+    def _worn(self, name: str, slot: Slot) -> list[Worn]:
         """The products that act at every step."""
+        homes = slot.layout.homes if slot.layout else (None,) * len(slot.outfit)
         return [
-            _Worn(adapter.products[name].down, adapter.products[name].up, scale, adapter.ranks)
-            for adapter, scale in outfit
+            Worn(adapter.products[name].down, adapter.products[name].up, scale, adapter.ranks, home)
+            for (adapter, scale), home in zip(slot.outfit, homes, strict=True)
             if name in adapter.products and (adapter.ranks or name not in self._heard)
         ]
 
-    def _alone(self, layer: Any, worn: _Worn, rows: int) -> Change:
-        kept = self._kept([[worn]] * rows, slice(None)) if worn.ranks else None
+    def _alone(self, name: str, layer: Any, worn: Worn, slot: Slot) -> Change:
+        mask = self._mask(name, [[worn]] * slot.rows, [slot.layout] * slot.rows, slice(None))
 
-        def mask(hidden: torch.Tensor) -> torch.Tensor:
-            return hidden * kept().unsqueeze(1) if kept else hidden
+        def act(hidden: torch.Tensor) -> torch.Tensor:
+            return masked(mask, hidden, worn.down.dim()) if mask else hidden
 
         def change(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-            return y + worn.scale * change_by(layer, worn.down, worn.up, x, mask)
+            return y + worn.scale * change_by(layer, worn.down, worn.up, x, act)
 
         return change
 
-    def _stacked(self, layer: Any, slots: Sequence[Slot], worn: Sequence[list[_Worn]]) -> Change:
+    def _stacked(
+        self, name: str, layer: Any, slots: Sequence[Slot], worn: Sequence[list[Worn]]
+    ) -> Change:
         """One change for all rows that wear something here."""
-        acting = [(slot.rows, one) for slot, one in zip(slots, worn, strict=True) if one]
-        if len({rows for rows, _ in acting}) > 1:  # uneven: each row is a slot of its own
-            acting = [(1, one) for rows, one in acting for _ in range(rows)]
+        acting = [(slot, one) for slot, one in zip(slots, worn, strict=True) if one]
+        each = [side for slot, side in acting for _ in range(slot.rows)]
+        layouts = [slot.layout for slot, _ in acting for _ in range(slot.rows)]
+        even = len({slot.rows for slot, _ in acting}) == 1
+        sides = [side for _, side in acting] if even else each  # else each row is a slot of its own
         where = _rows(slots, worn)
-        timed = any(one.ranks for _, side in acting for one in side)
-        each = [side for rows, side in acting for _ in range(rows)]
-        kept = self._kept(each, where) if timed else None
+        mask = self._mask(name, each, layouts, where)
         multiply = _linear if layer.weight.dim() == 2 else _convolve
-        return multiply(layer, [side for _, side in acting], where, kept)
+        return multiply(layer, sides, where, mask)
 
-    def _kept(self, worn: Sequence[list[_Worn]], where: Rows) -> Callable[[], torch.Tensor]:
-        """Of T-LoRA's ranks those that act on each row at its timestep, ones in [rows, R]."""
-        width = max(sum(len(one.down) for one in side) for side in worn)
-        always = (-1, 0, 0, 1)  # a place below any r(t)
-        table = []
-        for side in worn:
-            places = []
-            for one in side:
-                ranks = one.ranks
-                places += [
-                    (place % ranks.rank, *astuple(ranks)) if ranks else always
-                    for place in range(len(one.down))
-                ]
-            table.append(places + [always] * (width - len(places)))
-        device = worn[0][0].down.device
-        place, rank, least, total = torch.tensor(table, device=device).unbind(-1)
-
-        def kept() -> torch.Tensor:
-            t = self._timesteps[where].unsqueeze(1)
-            ranks = torch.div((rank - least) * (total - t), total, rounding_mode="floor") + least
-            return place < ranks
-
-        return kept
+    def _mask(
+        self,
+        name: str,
+        rows: Sequence[list[Worn]],
+        layouts: Sequence[Layout | None],
+        where: Rows,
+    ) -> Mask | None:
+        return mask_of(rows, lambda: self._timesteps[where], layouts, name in self._heard)
 
     def _see(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """The UNet's forward pre-hook: note each row's timestep, [rows]."""
@@ -219,9 +213,9 @@ def _said_too(name: str, layer: Any, slots: Sequence[Slot]) -> Change:
 
 def _linear(
     layer: Any,
-    sides: Sequence[list[_Worn]],
+    sides: Sequence[list[Worn]],
     where: Rows,
-    kept: Callable[[], torch.Tensor] | None,
+    mask: Mask | None,
 ) -> Change:
     """x and y: [rows, ..., in] and [rows, ..., out]."""
     width = max(sum(len(one.down) for one in side) for side in sides)
@@ -237,13 +231,8 @@ def _linear(
     def change(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         seen = x[where]
         hidden = torch.bmm(seen.reshape(len(sides), -1, x.shape[-1]), down)
-        if kept:
-            mask = kept()
-            hidden *= (
-                mask.view(len(mask), 1, -1)
-                .expand(-1, seen[0, ..., 0].numel(), -1)
-                .reshape(hidden.shape)
-            )
+        if mask:
+            hidden = mask(hidden.view(len(seen), -1, width)).view(hidden.shape)
         y[where] += torch.bmm(hidden, up).view(*seen.shape[:-1], -1)
         return y
 
@@ -252,12 +241,11 @@ def _linear(
 
 def _convolve(
     layer: Any,
-    sides: Sequence[list[_Worn]],
+    sides: Sequence[list[Worn]],
     where: Rows,
-    kept: Callable[[], torch.Tensor] | None,
+    mask: Mask | None,
 ) -> Change:
     """x and y: [rows, channels, height, width]; slots are groups of channels."""
-    assert kept is None, "T-LoRA is for linear layers"
     slots, channels, out = len(sides), layer.in_channels, layer.out_channels
     width = max(sum(len(one.down) for one in side) for side in sides)
     down = layer.weight.new_zeros(slots, width, channels, *layer.kernel_size)
@@ -274,6 +262,10 @@ def _convolve(
         hidden = functional.conv2d(
             seen, down.flatten(0, 1), None, layer.stride, layer.padding, layer.dilation, slots
         )
+        if mask:
+            rows = hidden.unflatten(1, (slots, width)).transpose(0, 1).flatten(0, 1)
+            rows = masked(mask, rows, 4)
+            hidden = rows.unflatten(0, (slots, -1)).transpose(0, 1).flatten(1, 2)
         said = functional.conv2d(hidden, up.flatten(0, 1), groups=slots)
         y[where] += said.unflatten(1, (slots, out)).transpose(0, 1).flatten(0, 1)
         return y

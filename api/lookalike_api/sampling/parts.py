@@ -1,0 +1,163 @@
+"""What the denoiser is told of an order's pictures, once or region by region. Imports torch.
+
+Without regions, and with them in the attention, it is asked once: what a picture is told is then
+its regions' prompts side by side, and where each holds (methods/layout.py). In the latents it is
+asked once for each region, about whole pictures (MultiDiffusion, Bar-Tal et al. 2023).
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from lookalike_api.sampling.messages import AdapterFile, Region, SampleOrder
+from lookalike_api.sampling.models import Dressed, ResidentBase
+from lookalike_api.sampling.regions import Cells, box_cells, mask_cells, numbered
+from lookalike_platform.conditioning import Text
+from lookalike_platform.errors import InvalidRequest
+from lookalike_trainers.methods.layout import Layout, check_placed
+from lookalike_trainers.methods.row_adapter import RowAdapter
+from lookalike_trainers.methods.row_edits import Answers, Outfit
+
+ATTENTION = "attention"
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """One question about a batch's pictures.
+
+    worn: what the whole base wears for it
+    text: for each picture the negative prompt, then for each the prompt
+    answers: what K and V say more of each of these
+    place: the latents whose answer is taken, ones in [height, width]; None is all
+    """
+
+    worn: tuple[AdapterFile, ...]
+    outfit: Outfit
+    text: Text
+    answers: Answers
+    layout: Layout | None = None
+    place: torch.Tensor | None = None
+    warnings: list[str] = field(default_factory=list)
+
+
+def parts_of(
+    order: SampleOrder, base: ResidentBase, by_row: Mapping[AdapterFile, RowAdapter], count: int
+) -> list[Part]:
+    """For `count` pictures. Adapters that are not in `by_row` are worn by the base, which is
+    changed for it.
+
+    Raises InvalidRequest for what base and adapters cannot do, and for a region without place.
+    """
+    prompts = [("prompt", order.prompt, order.adapters)]
+    prompts += [
+        (f"prompt of regions[{n}]", region.prompt, region.adapters)
+        for n, region in enumerate(order.regions)
+    ]
+    parts = []
+    for name, prompt, adapters in prompts:
+        base.wear([file for file in adapters if file not in by_row])
+        dressed = [Dressed(by_row[file], file) for file in adapters if file in by_row]
+        parts.append(_read(order, base, name, prompt, dressed, count))
+    if not order.regions:
+        return parts
+    cells = torch.from_numpy(_cells(order, base)).to(base.device)
+    if order.compose == ATTENTION:
+        return [_side_by_side(parts, cells)]
+    placed = [replace(part, place=(cells == n).to(base.dtype)) for n, part in enumerate(parts)]
+    return [part for part in placed if part.place is not None and part.place.any()]
+
+
+def check_regional(order: SampleOrder, by_row: Mapping[AdapterFile, RowAdapter]) -> None:
+    """Raises InvalidRequest, by name, for adapters that regions in the attention cannot wear."""
+    if not order.regions or order.compose != ATTENTION:
+        return
+    for file in order.files:
+        if file not in by_row:
+            raise InvalidRequest(
+                f"{file.ref} changes the base as a whole, and cannot be kept to a region of the "
+                'attention: ask for "compose": "latents".'
+            )
+        try:
+            check_placed(by_row[file])
+        except InvalidRequest as error:
+            raise InvalidRequest(f"{file.ref}: {error.detail}", error.fields) from error
+
+
+def same_depth(texts: Sequence[Text]) -> list[Text]:
+    """Where some have features by layer, the others repeat theirs."""
+    layers = max((text.features.shape[1] for text in texts if text.features.dim() == 4), default=0)
+    return [
+        replace(text, features=text.features.unsqueeze(1).expand(-1, layers, -1, -1))
+        if layers and text.features.dim() == 3
+        else text
+        for text in texts
+    ]
+
+
+def _read(
+    order: SampleOrder,
+    base: ResidentBase,
+    name: str,
+    prompt: str,
+    dressed: Sequence[Dressed],
+    count: int,
+) -> Part:
+    """The prompt and the negative prompt, both as these adapters have them."""
+    read, negative = base.read(prompt, dressed), base.read(order.negative_prompt, dressed)
+    most = base.max_tokens
+    warnings = [
+        f"The {name} is {said.tokens} tokens long and was cut off after {most}, "
+        "which is all this base model reads."
+        for name, said in ((name, read), ("negative prompt", negative))
+        if said.tokens > most
+    ]
+    blank = base.read_negative(order.negative_prompt, dressed)
+    both = [text.expand(count) for text in same_depth([blank.text, read.text])]
+    text = Text.cat(both)
+    outfit = tuple((one.adapter, one.file.scale) for one in dressed)
+    answers = base.edits.answers(outfit, text.features)
+    return Part(base.worn, outfit, text, answers, warnings=warnings)
+
+
+def _side_by_side(parts: Sequence[Part], cells: torch.Tensor) -> Part:
+    """All regions in one question. SDXL's summary, which is of no place, is the first's."""
+    texts = same_depth([part.text for part in parts])
+    tokens = texts[0].features.shape[-2]
+    answers = {
+        name: torch.cat(_filled([part.answers.get(name) for part in parts], tokens), dim=1)
+        for name in dict.fromkeys(name for part in parts for name in part.answers)
+    }
+    layout = Layout(
+        cells,
+        torch.arange(len(parts), device=cells.device).repeat_interleave(tokens),
+        tuple(n for n, part in enumerate(parts) for _ in part.outfit),
+    )
+    return Part(
+        worn=(),
+        outfit=tuple(one for part in parts for one in part.outfit),
+        text=replace(texts[0], features=torch.cat([text.features for text in texts], dim=-2)),
+        answers=answers,
+        layout=layout,
+        warnings=[warning for part in parts for warning in part.warnings],
+    )
+
+
+def _filled(answers: Sequence[torch.Tensor | None], tokens: int) -> list[torch.Tensor]:
+    """Nothing said, [rows, tokens, out], where there is no answer."""
+    like = next(answer for answer in answers if answer is not None)
+    nothing = like.new_zeros(len(like), tokens, like.shape[-1])
+    return [nothing if answer is None else answer for answer in answers]
+
+
+def _cells(order: SampleOrder, base: ResidentBase) -> Cells:
+    sides = order.height // base.vae_scale, order.width // base.vae_scale
+    size = (order.width, order.height)
+
+    def inside(region: Region) -> Cells:
+        if region.box:
+            return box_cells(region.box, *sides)
+        assert region.mask_image is not None, "a region has a box or a mask"
+        return mask_cells(region.mask_image, size, *sides)
+
+    return numbered([inside(region) for region in order.regions])
