@@ -324,6 +324,8 @@ class Client:
         init_image: str | Path | None = None,
         strength: float | None = None,
         mask_image: str | Path | None = None,
+        regions: Sequence[Mapping[str, Any]] = (),
+        compose: str | None = None,
         deterministic: bool | None = None,
         deadline_seconds: float | None = None,
         wait: float = 0,
@@ -334,11 +336,14 @@ class Client:
         Args:
             adapters: `"name"`, `"name@alias"`, `"name@3"` or {"ref": …, "scale": 0.8}.
             init_image, mask_image: ids of uploaded images, or paths of files to upload.
+            regions: {"prompt": …, "adapters": as above, "box": [left, top, right, bottom] in shares
+                of the picture, or "mask_image": as above} each; later ones lie over earlier ones.
+            compose: how regions come together, "attention" or "latents".
             wait: seconds to wait for the pictures; the answer's `state` says how far it came.
         """
         body = _given(
             prompt=prompt,
-            adapters=[{"ref": a} if isinstance(a, str) else dict(a) for a in adapters],
+            adapters=_uses(adapters),
             base=base,
             negative_prompt=negative_prompt,
             guidance_scale=guidance_scale,
@@ -355,6 +360,8 @@ class Client:
             init_image=self._image_id(init_image),
             strength=strength,
             mask_image=self._image_id(mask_image),
+            regions=[self._region(region) for region in regions] or None,
+            compose=compose,
             deterministic=deterministic,
             deadline_seconds=deadline_seconds,
         )
@@ -366,6 +373,11 @@ class Client:
             json=body,
             timeout=self._http.timeout.read + wait if self._http.timeout.read else None,
         )
+
+    def _region(self, region: Mapping[str, Any]) -> Json:
+        mask = self._image_id(region.get("mask_image"))
+        known = {"adapters": _uses(region.get("adapters", ())), **_given(mask_image=mask)}
+        return {**region, **known}
 
     def _image_id(self, image: str | Path | None) -> str | None:
         if image is None or (isinstance(image, str) and image.startswith("img_")):
@@ -536,6 +548,10 @@ class Client:
             f"The Lookalike API at {self.url} does not answer ({error}). "
             "Start it with `lookalike up`, or give the URL where it runs."
         )
+
+
+def _uses(adapters: Sequence[str | Mapping[str, Any]]) -> list[Json]:
+    return [{"ref": one} if isinstance(one, str) else dict(one) for one in adapters]
 
 
 def _given(**values: Any) -> Json:

@@ -4,7 +4,7 @@ import time
 from typing import BinaryIO
 
 from sqlalchemy import delete as delete_rows
-from sqlalchemy import or_, select
+from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from lookalike_datasets.blobs_in_use import delete_unused
@@ -87,9 +87,20 @@ def delete(db: Database, blobs: BlobStore, owner: str, id: str) -> None:
     with db.session() as session:
         found = get(session, owner, id)
         session.refresh(found, with_for_update=True)  # a generation submitted now waits, and fails
-        uses = [Job.request[name, "id"].as_string() == id for name in ("init_image", "mask_image")]
-        user = session.scalar(select(Job.id).where(or_(*uses), Job.state.not_in(TERMINAL)).limit(1))
-        if user is not None:
-            raise Conflict(f"Job {user} uses this image. Wait for it, or cancel it.")
+        _refuse_in_use(session, found)
         session.execute(delete_rows(UploadedImage).where(UploadedImage.id == id))
     delete_unused(db, blobs, [found.sha256])
+
+
+def _refuse_in_use(session: Session, image: UploadedImage) -> None:
+    unfinished = session.scalars(
+        select(Job).where(
+            Job.owner == image.owner, Job.kind == "generate", Job.state.not_in(TERMINAL)
+        )
+    )
+    for job in unfinished:
+        wanted = job.request
+        masks = [region["mask_image"] for region in wanted.get("regions", [])]
+        named = [wanted.get("init_image"), wanted.get("mask_image"), *masks]
+        if any(one["id"] == image.id for one in named if one):
+            raise Conflict(f"Job {job.id} uses this image. Wait for it, or cancel it.")

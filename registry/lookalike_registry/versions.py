@@ -218,7 +218,8 @@ def _refuse_in_use(session: Session, version: AdapterVersion) -> None:
         )
     )
     for job in unfinished:
-        if any(adapter["id"] == version.id for adapter in job.request["adapters"]):
+        wearers = [job.request, *job.request.get("regions", [])]
+        if any(adapter["id"] == version.id for one in wearers for adapter in one["adapters"]):
             raise Conflict(
                 f"Job {job.id} is using {version.concept}@{version.version}. Wait for it, or"
                 " cancel it."

@@ -45,6 +45,19 @@ def sample(
         Path | None,
         typer.Option(exists=True, dir_okay=False, help="White where to paint in it."),
     ] = None,
+    regions: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--region",
+            metavar="PLACE|ADAPTERS|PROMPT",
+            help='A place with a prompt and adapters of its own: "0,0,0.5,1 | rex:0.8 | a <rex>". '
+            "PLACE: left,top,right,bottom in shares of the picture, or a mask's file. "
+            "ADAPTERS: as --adapter, several with commas, or nothing.",
+        ),
+    ] = None,
+    compose: Annotated[
+        str | None, typer.Option(help="How regions come together: attention or latents.")
+    ] = None,
     deterministic: Annotated[
         bool, typer.Option("--deterministic", help="In a batch of its own: the same pixels always.")
     ] = False,
@@ -60,6 +73,7 @@ def sample(
     With no API named and none running, an embedded stack runs for as long as this takes.
     """
     uses = [adapter_use(text) for text in adapters or []]
+    places = [region(text) for text in regions or []]
     with connect_or_start(url) as look:
         made = look.generate(
             prompt,
@@ -80,6 +94,8 @@ def sample(
             init_image=init_image,
             strength=strength,
             mask_image=mask,
+            regions=places,
+            compose=compose,
             deterministic=deterministic or None,
             deadline_seconds=deadline,
         )
@@ -100,6 +116,31 @@ def adapter_use(text: str) -> dict[str, Any]:
         return {"ref": ref, "scale": float(scale)}
     except ValueError:
         raise InvalidRequest(f"The scale of {text} is not a number: rex:0.8") from None
+
+
+def region(text: str) -> dict[str, Any]:
+    """ "0,0,0.5,1 | rex:0.8 | a <rex>" → {"box", "adapters", "prompt"}; of a file "mask_image"."""
+    parts = [part.strip() for part in text.split("|", 2)]
+    if len(parts) != 3 or not parts[0] or not parts[2]:
+        raise InvalidRequest(
+            f"A region is PLACE|ADAPTERS|PROMPT, and {text!r} is not: "
+            '"0,0,0.5,1 | rex | a <rex> on grass", or with no adapter "0,0,0.5,1 | | grass".'
+        )
+    place, adapters, prompt = parts
+    uses = [adapter_use(one.strip()) for one in adapters.split(",") if one.strip()]
+    return {"prompt": prompt, "adapters": uses, **_place(place)}
+
+
+def _place(text: str) -> dict[str, Any]:
+    try:
+        return {"box": [float(share) for share in text.split(",")]}
+    except ValueError:
+        if (mask := Path(text)).is_file():
+            return {"mask_image": mask}
+    raise InvalidRequest(
+        f"{text!r} is no place: give left,top,right,bottom as shares of the picture, "
+        "0,0,0.5,1 for its left half, or the file of a mask."
+    )
 
 
 def _listing(made: Json, files: list[str]) -> Any:

@@ -17,7 +17,7 @@ from lookalike_api.http.shapes import Json, Moment, Parameters
 from lookalike_api.sampling import direct
 from lookalike_api.sampling.admission import admit
 from lookalike_api.sampling.limits import check_room
-from lookalike_api.sampling.requests import GenerateJob, GenerationRequest, PinnedImage
+from lookalike_api.sampling.requests import Compose, GenerateJob, GenerationRequest, PinnedImage
 from lookalike_platform.db.tables import Job
 from lookalike_platform.errors import Conflict, FieldProblem, InvalidRequest, NotFound
 from lookalike_platform.jobs import store
@@ -48,6 +48,16 @@ class ImageMade(BaseModel):
     sha256: str
 
 
+class RegionView(BaseModel):
+    """A region, with what its references meant."""
+
+    prompt: str
+    bound_prompt: str
+    versions: list[VersionUsed]
+    box: tuple[float, float, float, float] | None
+    mask_image: PinnedImage | None
+
+
 class GenerationView(BaseModel):
     """Pictures asked for. `images` fills when `state` is `succeeded`; `error` is the problem of a
     failed one; `bound_prompt` is what the text encoder reads."""
@@ -76,6 +86,8 @@ class GenerationView(BaseModel):
     init_image: PinnedImage | None
     strength: float | None
     mask_image: PinnedImage | None
+    regions: list[RegionView]
+    compose: Compose
     warnings: list[str]
     progress: Json
     images: list[ImageMade]
@@ -171,7 +183,14 @@ def view(job: Job) -> GenerationView:
     made: Json = job.result or {"images": [], "warnings": [], "seconds": None}
     return GenerationView.model_validate(
         {
-            **asked.model_dump(exclude={"adapters"}),
+            **asked.model_dump(exclude={"adapters", "regions"}),
+            "regions": [
+                {
+                    **region.model_dump(exclude={"adapters"}),
+                    "versions": [adapter.model_dump() for adapter in region.adapters],
+                }
+                for region in asked.regions
+            ],
             "id": job.id,
             "state": job.state,
             "versions": [adapter.model_dump() for adapter in asked.adapters],

@@ -31,23 +31,30 @@ def mask_cells(path: Path, size: tuple[int, int], height: int, width: int) -> Ce
     return shares >= 0.5
 
 
-def numbered(regions: Sequence[Cells]) -> Cells:
+def numbered(regions: Sequence[Cells | None]) -> Cells:
     """The region of each latent, later ones over earlier ones: n + 1 for regions[n], 0 for none.
+
+    Args:
+        regions: latents they cover, true in [height, width]; None for one not known yet, which
+            covers nothing.
 
     Raises InvalidRequest for a region that no latent is of.
     """
-    cells = numpy.zeros(regions[0].shape, numpy.int64)
-    for number, inside in enumerate(regions, 1):
+    known = {number: inside for number, inside in enumerate(regions, 1) if inside is not None}
+    if not known:
+        return numpy.zeros((0, 0), numpy.int64)
+    cells = numpy.zeros(next(iter(known.values())).shape, numpy.int64)
+    for number, inside in known.items():
         cells[inside] = number
     problems = [
         FieldProblem(
-            f"regions[{number}]",
+            f"regions[{number - 1}]",
             "is covered by later regions: put it after them, or make it larger"
             if inside.any()
             else "is smaller than a latent: make it larger, or ask for larger pictures",
         )
-        for number, inside in enumerate(regions)
-        if not (cells == number + 1).any()
+        for number, inside in known.items()
+        if not (cells == number).any()
     ]
     if problems:
         places = "; ".join(f"{problem.path} {problem.message}" for problem in problems)

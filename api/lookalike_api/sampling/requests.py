@@ -1,7 +1,7 @@
 """What a generation may ask for, and what is kept of it once every reference is pinned."""
 
 import json
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -11,10 +11,14 @@ MAX_SIDE = 2048
 MAX_PIXELS = 2**24  # of all pictures of a request together
 MAX_IMAGES = 16
 MAX_ADAPTERS = 8
+MAX_REGIONS = 8
 MAX_SEED = 2**32 - 1
 STRENGTH = 0.8  # of image-to-image where none is given, and of inpainting
 MASK_STRENGTH = 1.0
 IMAGE_ID = r"^img_[0-9a-z]{1,40}$"
+
+
+Compose = Literal["attention", "latents"]
 
 
 class Strict(BaseModel):
@@ -44,6 +48,35 @@ class AdapterUse(Strict):
         rest = {k: v for k, v in value.items() if k not in ("name", "version", "alias")}
         labels = [str(value[k]) for k in ("version", "alias") if k in value]
         return {"ref": "@".join([str(value["name"]), *labels]), **rest}
+
+
+class Region(Strict):
+    """A place in the pictures with a prompt and adapters of its own, which act there alone."""
+
+    prompt: str = Field(min_length=1)
+    adapters: list[AdapterUse] = Field(default=[], max_length=MAX_ADAPTERS)
+    box: list[float] | None = Field(default=None, min_length=4, max_length=4)
+    """Left, top, right and bottom as shares of the picture: [0, 0, 0.5, 1] is its left half."""
+    mask_image: str | None = Field(default=None, pattern=IMAGE_ID)
+    """In place of a box: an uploaded image, white where the region is."""
+
+    @field_validator("box")
+    @classmethod
+    def _within(cls, box: list[float] | None) -> list[float] | None:
+        if box is not None:
+            left, top, right, bottom = box
+            if not (0 <= left < right <= 1 and 0 <= top < bottom <= 1):
+                raise ValueError(
+                    "give left, top, right and bottom as shares from 0 to 1, left before right and "
+                    "top before bottom: [0, 0, 0.5, 1]"
+                )
+        return box
+
+    @model_validator(mode="after")
+    def _somewhere(self) -> Self:
+        if (self.box is None) == (self.mask_image is None):
+            raise ValueError("say where the region is: give either box or mask_image")
+        return self
 
 
 class GenerationRequest(Strict):
@@ -100,6 +133,11 @@ class GenerationRequest(Strict):
     0.8, or 1 with a mask."""
     mask_image: str | None = Field(default=None, pattern=IMAGE_ID)
     """An uploaded image, white where to paint and black where `init_image` stays."""
+    regions: list[Region] = Field(default=[], max_length=MAX_REGIONS)
+    """Later ones lie over earlier ones. `prompt` and `adapters` are for what none covers."""
+    compose: Compose = "attention"
+    """How regions come together: in the cross-attention (Mix-of-Show), or as latents painted for
+    each apart (MultiDiffusion), which takes longer and any adapters."""
 
     @field_validator("guidance_interval")
     @classmethod
@@ -131,6 +169,16 @@ class PinnedImage(BaseModel):
     sha256: str
 
 
+class PinnedRegion(BaseModel):
+    """A region with its references pinned."""
+
+    prompt: str
+    bound_prompt: str
+    adapters: list[PinnedAdapter]
+    box: tuple[float, float, float, float] | None = None
+    mask_image: PinnedImage | None = None
+
+
 class GenerateJob(BaseModel):
     """A generate job's `request`: everything decided, so that it can be repeated exactly."""
 
@@ -157,13 +205,21 @@ class GenerateJob(BaseModel):
     init_image: PinnedImage | None = None
     strength: float | None = None
     mask_image: PinnedImage | None = None
+    regions: list[PinnedRegion] = []
+    compose: Compose = "attention"
+
+    @property
+    def images(self) -> list[PinnedImage]:
+        """All uploads that it needs."""
+        regional = [region.mask_image for region in self.regions]
+        return [image for image in (self.init_image, self.mask_image, *regional) if image]
 
     def parameters(self, number: int, base_fingerprint: str) -> str:
         """JSON for picture `number`; its "request", sent to the API, makes that picture again."""
         request = {
             "prompt": self.prompt,
             "negative_prompt": self.negative_prompt,
-            "adapters": [{"ref": a.ref, "scale": a.scale} for a in self.adapters],
+            "adapters": _uses(self.adapters),
             "base": self.base,
             "guidance_scale": self.guidance_scale,
             "guidance_rescale": self.guidance_rescale,
@@ -180,14 +236,29 @@ class GenerateJob(BaseModel):
             "init_image": self.init_image and self.init_image.id,
             "strength": self.strength,
             "mask_image": self.mask_image and self.mask_image.id,
+            "regions": [
+                {
+                    "prompt": region.prompt,
+                    "adapters": _uses(region.adapters),
+                    "box": region.box,
+                    "mask_image": region.mask_image and region.mask_image.id,
+                }
+                for region in self.regions
+            ],
+            "compose": self.compose,
         }
-        images = [image.model_dump() for image in (self.init_image, self.mask_image) if image]
+        used = [*self.adapters, *(a for region in self.regions for a in region.adapters)]
         return json.dumps(
             {
                 "request": request,
                 "bound_prompt": self.bound_prompt,
-                "versions": [{"ref": a.ref, "digest": a.digest} for a in self.adapters],
-                "images": images,
+                "bound_region_prompts": [region.bound_prompt for region in self.regions],
+                "versions": [{"ref": a.ref, "digest": a.digest} for a in used],
+                "images": [image.model_dump() for image in self.images],
                 "base_fingerprint": base_fingerprint,
             }
         )
+
+
+def _uses(adapters: list[PinnedAdapter]) -> list[dict[str, Any]]:
+    return [{"ref": adapter.ref, "scale": adapter.scale} for adapter in adapters]

@@ -1,6 +1,7 @@
-"""What size the pictures of a generation have, and whether the pictures it starts from fit it."""
+"""What size the pictures of a generation have, and whether what is uploaded for it fits them."""
 
 import json
+from collections.abc import Sequence
 
 from lookalike_api.sampling.requests import MAX_PIXELS, MAX_SIDE, GenerationRequest
 from lookalike_platform.bases import Base
@@ -24,11 +25,12 @@ def size_of(
     base: Base,
     picture: UploadedImage | None,
     mask: UploadedImage | None,
+    region_masks: Sequence[UploadedImage | None],
 ) -> tuple[int, int]:
     """Width and height in pixels.
 
     Raises InvalidRequest where the base cannot paint the size asked for, or where `picture` and
-    `mask`, of which it starts, have other proportions.
+    `mask`, of which it starts, or the masks of regions have other proportions.
     """
     multiple = side_multiple(base)
     followed = _following(picture, base.resolution, multiple) if picture else None
@@ -67,6 +69,15 @@ def size_of(
                 f"{picture.width} x {picture.height}: draw it over that one",
             )
         )
+    problems += [
+        FieldProblem(
+            f"regions[{number}].mask_image",
+            f"is {one.width} x {one.height} pixels, of which {width} x {height} would cut off more "
+            "than an eighth: draw it in the proportions of the pictures",
+        )
+        for number, one in enumerate(region_masks)
+        if one and _cut(one, width, height) > MAX_CUT
+    ]
     if problems:
         raise InvalidRequest("The pictures cannot be made in this size.", problems)
     return width, height

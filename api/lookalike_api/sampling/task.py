@@ -20,9 +20,9 @@ from typing import Any
 from celery import signals
 
 from lookalike_api.sampling import direct
-from lookalike_api.sampling.messages import AdapterFile, SampleOrder
+from lookalike_api.sampling.messages import AdapterFile, Region, SampleOrder
 from lookalike_api.sampling.metrics import exposition
-from lookalike_api.sampling.requests import GenerateJob, PinnedImage
+from lookalike_api.sampling.requests import GenerateJob, PinnedAdapter, PinnedImage
 from lookalike_api.sampling.service import Painted, SamplerDied, SamplerService
 from lookalike_platform import bases
 from lookalike_platform.blobs import BlobStore, open_blobs
@@ -134,16 +134,7 @@ def _order(
         base_fingerprint=base.fingerprint,
         base_folder=base.folder,
         device=settings.device,
-        adapters=tuple(
-            AdapterFile(
-                adapter.ref,
-                adapter.digest,
-                blobs.path(adapter.digest),
-                adapter.scale,
-                adapter.word,
-            )
-            for adapter in request.adapters
-        ),
+        adapters=_adapters(request.adapters, blobs),
         prompt=request.bound_prompt,
         negative_prompt=request.negative_prompt,
         guidance_scale=request.guidance_scale,
@@ -165,6 +156,23 @@ def _order(
         init_image=_file(request.init_image, blobs),
         strength=request.strength,
         mask_image=_file(request.mask_image, blobs),
+        regions=tuple(
+            Region(
+                region.bound_prompt,
+                _adapters(region.adapters, blobs),
+                region.box,
+                _file(region.mask_image, blobs),
+            )
+            for region in request.regions
+        ),
+        compose=request.compose,
+    )
+
+
+def _adapters(adapters: list[PinnedAdapter], blobs: BlobStore) -> tuple[AdapterFile, ...]:
+    return tuple(
+        AdapterFile(one.ref, one.digest, blobs.path(one.digest), one.scale, one.word)
+        for one in adapters
     )
 
 

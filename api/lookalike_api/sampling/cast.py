@@ -1,0 +1,169 @@
+"""The adapters of one prompt: looked up once, checked, and pinned. Torch-free."""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain
+
+from sqlalchemy.orm import Session
+
+from lookalike_api.sampling.prompts import Subject, bind
+from lookalike_api.sampling.requests import AdapterUse, PinnedAdapter
+from lookalike_platform.bases import Base
+from lookalike_platform.db.tables import AdapterVersion
+from lookalike_platform.errors import FieldProblem, InvalidRequest, NotFound
+from lookalike_registry import versions
+from lookalike_registry.compose import rules
+from lookalike_registry.manifest import Manifest
+from lookalike_registry.tensor_file import nth_word
+from lookalike_trainers.catalog import METHODS
+
+BY_ROW = frozenset(info.name for info in METHODS if info.rows)
+"""Kinds of adapters that can act on a part of what the base does."""
+
+
+@dataclass(frozen=True)
+class Cast:
+    """Who acts in one prompt.
+
+    path: of the request's object that has the prompt, with its dot: "regions[0]."
+    """
+
+    path: str
+    uses: Sequence[AdapterUse]
+    found: list[AdapterVersion]
+    manifests: list[Manifest]
+
+    def bind(self, prompt: str) -> tuple[str, list[str]]:
+        """The prompt for the text encoder, and warnings. Raises InvalidRequest; see prompts.py."""
+        subjects = [subjects_of(manifest) for manifest in self.manifests]
+        groups = {m.identity.concept: own for m, own in zip(self.manifests, subjects, strict=True)}
+        try:
+            bound, warnings = bind(prompt, list(chain(*subjects)), groups)
+        except InvalidRequest as error:
+            raise InvalidRequest(error.detail, self._problems(error.fields)) from error
+        where = f"{self.path.removesuffix('.')}: " if self.path else ""
+        return bound, [where + warning for warning in warnings]
+
+    def pinned(self) -> list[PinnedAdapter]:
+        return [
+            PinnedAdapter(
+                id=version.id,
+                asked=use.ref,
+                ref=_ref(version),
+                name=version.concept,
+                version=version.version,
+                digest=version.digest,
+                scale=use.scale,
+                word=version.id if manifest.weights.token_count else "",
+            )
+            for version, use, manifest in zip(self.found, self.uses, self.manifests, strict=True)
+        ]
+
+    def other_bases(self, base: Base) -> list[FieldProblem]:
+        """A problem for each adapter of another base."""
+        return [
+            FieldProblem(
+                f"{self.path}adapters[{number}].ref",
+                f"{_ref(version)} was trained on the base model "
+                f"{manifest.base.name} ({manifest.base.fingerprint[:12]}), and this request "
+                f"samples {base.name} ({base.fingerprint[:12]}): use its own base, or train it on "
+                "this one",
+            )
+            for number, (version, manifest) in enumerate(
+                zip(self.found, self.manifests, strict=True)
+            )
+            if version.base_fingerprint != base.fingerprint
+        ]
+
+    def whole(self) -> list[FieldProblem]:
+        """A problem for each adapter that the base can only wear as a whole."""
+        kinds = [rules.kind_of(manifest) for manifest in self.manifests]
+        return [
+            FieldProblem(
+                f"{self.path}adapters[{number}].ref",
+                f"{_ref(version)} ({kind}) changes the base as a whole, and would act in every "
+                'region: ask for "compose": "latents", where each region has the base to itself',
+            )
+            for number, (version, kind) in enumerate(zip(self.found, kinds, strict=True))
+            if kind not in BY_ROW
+        ]
+
+    def _problems(self, fields: Sequence[FieldProblem]) -> list[FieldProblem]:
+        return [FieldProblem(self.path + field.path, field.message) for field in fields]
+
+
+def look_up(session: Session, owner: str, uses: Sequence[AdapterUse], path: str = "") -> Cast:
+    """Raises InvalidRequest for adapters that are not there, and that cannot act together."""
+    found = []
+    for number, use in enumerate(uses):
+        with field(f"{path}adapters[{number}].ref"):
+            found.append(versions.resolve(session, owner, use.ref))
+    cast = Cast(path, uses, found, [Manifest.model_validate(one.manifest) for one in found])
+    _refuse_twice(cast)
+    _refuse_together(cast)
+    return cast
+
+
+def subjects_of(manifest: Manifest) -> list[Subject]:
+    """Whom a version can paint; of a merged one, each by its own name.
+
+    Learned tokens get a word of the version's own: two owners may use the same trigger.
+    """
+    return [
+        Subject(
+            name=subject.name,
+            trigger=subject.trigger,
+            class_noun=subject.class_noun,
+            word=nth_word(manifest.identity.id, place) if subject.learned else "",
+            phrase=subject.phrase,
+        )
+        for place, subject in enumerate(manifest.subjects, 1)
+    ]
+
+
+def _refuse_twice(cast: Cast) -> None:
+    names = Counter(name for manifest in cast.manifests for name in manifest.names)
+    twice = [name for name, times in names.items() if times > 1]
+    if twice:
+        raise InvalidRequest(
+            "An adapter is listed more than once.",
+            [
+                FieldProblem(f"{cast.path}adapters", f"list {name} once, with one scale")
+                for name in twice
+            ],
+        )
+
+
+def _refuse_together(cast: Cast) -> None:
+    """By the table of registry/compose/rules.py."""
+    refs = [_ref(version) for version in cast.found]
+    problems = [
+        FieldProblem(
+            f"{cast.path}adapters[{other}].ref",
+            f"{refs[other]} cannot act with {refs[one]}: {why}",
+        )
+        for one, other, why in rules.refusals([rules.kind_of(m) for m in cast.manifests])
+    ]
+    if problems:
+        raise InvalidRequest(
+            "These adapters cannot act in one prompt. Each in a region of its own they can, with "
+            '"compose": "latents".',
+            problems,
+        )
+
+
+def _ref(version: AdapterVersion) -> str:
+    return f"{version.concept}@{version.version}"
+
+
+@contextmanager
+def field(path: str) -> Iterator[None]:
+    """A look-up that fails here is the fault of the request's field at `path`."""
+    try:
+        yield
+    except NotFound as error:
+        raise InvalidRequest(error.detail, [FieldProblem(path, error.detail)]) from error
+    except InvalidRequest as error:
+        raise type(error)(error.detail, [FieldProblem(path, error.detail)]) from error
