@@ -67,7 +67,7 @@ def admit(
                 prompt=region.prompt,
                 bound_prompt=bound,
                 adapters=one.pinned(),
-                box=region.box and (region.box[0], region.box[1], region.box[2], region.box[3]),
+                box=region.sides,
                 mask_image=_pinned(its_mask),
             )
         )

@@ -78,6 +78,13 @@ class Region(Strict):
             raise ValueError("say where the region is: give either box or mask_image")
         return self
 
+    @property
+    def sides(self) -> tuple[float, float, float, float] | None:
+        if self.box is None:
+            return None
+        left, top, right, bottom = self.box
+        return left, top, right, bottom
+
 
 class GenerationRequest(Strict):
     """Pictures to make. `<rex>` in the prompt stands for the subject that adapter rex learned."""
