@@ -235,6 +235,56 @@ def test_pictures_to_start_from_are_uploaded_and_named(
     assert named == ["photo.png", "mask.png"]
 
 
+def test_regions_are_places_adapters_and_prompts(
+    lookalike: Lookalike, api: Api, tmp_path: Path
+) -> None:
+    Image.new("L", (64, 64), 255).save(tmp_path / "mask.png")
+    for name in ("rex", "tom"):
+        api.add_version(name)
+
+    def work() -> None:
+        query = "/v1/jobs?kind=generate&state=queued"
+        while not (waiting := api.http.get(query).json()["items"]):
+            time.sleep(0.02)
+        lease = leases.claim(api.context.db, waiting[0]["id"], "worker", 60)
+        assert lease is not None
+        made = [{"seed": 7, "sha256": api.context.blobs.put(b"PNG")}]
+        leases.succeed(api.context.db, lease, {"images": made, "warnings": [], "seconds": 1.0})
+
+    worker = threading.Thread(target=work)
+    worker.start()
+    options = ["--region", f"{tmp_path / 'mask.png'} | | a room"]
+    options += ["--region", "0,0,.5,1 | rex:0.8, tom@1 | <rex> | <tom>", "--compose", "latents"]
+    ran = lookalike("sample", "a dog", *options, "--out", tmp_path, "--json")
+    worker.join()
+    assert ran.code == 0, ran.err
+    room, both = ran.json["regions"]
+    assert (room["prompt"], room["versions"], room["box"]) == ("a room", [], None)
+    assert room["mask_image"]["id"].startswith("img_")
+    assert (both["prompt"], both["box"]) == ("<rex> | <tom>", [0, 0, 0.5, 1])
+    uses = [(version["asked"], version["scale"]) for version in both["versions"]]
+    assert uses == [("rex", 0.8), ("tom@1", 1.0)]
+    assert ran.json["compose"] == "latents"
+
+
+@pytest.mark.parametrize(
+    ("region", "said"),
+    [
+        ("0,0,1,1: a dog", "PLACE|ADAPTERS|PROMPT"),
+        ("0,0,1,1 | rex |", "PLACE|ADAPTERS|PROMPT"),
+        ("left | rex | a dog", "'left' is no place"),
+        ("0,0,1,1 | rex:much | a dog", "rex:much"),
+        ("0,0,1 | | a dog", "regions[0].box"),
+    ],
+)
+def test_a_region_that_cannot_be_read_is_refused_with_how_to_write_it(
+    lookalike: Lookalike, region: str, said: str
+) -> None:
+    ran = lookalike("sample", "a dog", "--region", region)
+    assert ran.code == 1
+    assert said in ran.err
+
+
 def test_an_evaluation_is_followed_and_its_figures_printed(lookalike: Lookalike, api: Api) -> None:
     api.add_version("rex")
     set_id = api.add_set()["id"]

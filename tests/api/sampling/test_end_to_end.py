@@ -193,6 +193,37 @@ def test_a_picture_painted_over_another_is_made_again_by_its_parameters(
     assert max(differences([client.image(made["id"])], plain)) <= 1
 
 
+@pytest.mark.parametrize("compose", ["attention", "latents"])
+@on_the_embedded_stack
+def test_regions_with_adapters_of_their_own_are_made_again_by_the_parameters(
+    installed: Installed, tmp_path: Path, compose: str
+) -> None:
+    mask = Image.new("L", (64, 64))
+    mask.paste(255, (32, 0, 64, 64))
+    mask.save(tmp_path / "mask.png")
+    client = installed.client
+    left = {"prompt": "<rex>", "adapters": ["rex"], "box": [0, 0, 0.5, 1]}
+    tom = {"ref": "tom", "scale": 0.5}
+    right = {"prompt": "a <tom>", "adapters": [tom], "mask_image": tmp_path / "mask.png"}
+    common: dict[str, Any] = {"compose": compose, "steps": 3, "seed": 5}
+    made = client.generate("a room", regions=[left, right], **common, wait=100)
+    assert (made["state"], made["warnings"]) == ("succeeded", [])
+    assert [region["bound_prompt"] for region in made["regions"]] == ["sks dog", "a zwx dog"]
+    found = Image.open(io.BytesIO(client.image(made["id"])))
+    parameters = json.loads(found.text["parameters"])  # type: ignore[attr-defined]
+    assert [version["ref"] for version in parameters["versions"]] == ["rex@1", "tom@1"]
+    assert parameters["images"] == [made["regions"][1]["mask_image"]]
+    again = client.generate(**parameters["request"], wait=100)
+    assert again["regions"][1]["mask_image"] == made["regions"][1]["mask_image"]
+    assert differences([client.image(again["id"])], [found]) == [0]
+    swapped = [
+        {**left, "box": [0.5, 0, 1, 1]},
+        {**right, "mask_image": None, "box": [0, 0, 0.5, 1]},
+    ]
+    other = client.generate("a room", regions=swapped, **common, wait=100)
+    assert differences([client.image(other["id"])], [found]) > [1]
+
+
 @on_the_embedded_stack
 def test_every_option_of_guidance_and_noise_acts_and_is_kept(installed: Installed) -> None:
     """Each changes the picture, and the picture's parameters make it again."""

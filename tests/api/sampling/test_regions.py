@@ -240,7 +240,7 @@ def test_an_adapter_of_layers_without_places_is_refused_in_the_attention_by_name
     path = tmp_path / "timed.safetensors"
     digest = save_lora(path, {"unet": states}, card)
     timed = Region("a", (AdapterFile("timed@1", digest, path, 1.0),), LEFT)
-    with pytest.raises(InvalidRequest, match="timed@1.*no places"):
+    with pytest.raises(InvalidRequest, match=r"timed@1.*no places"):
         engine.paint(regions=(timed,))
     engine.paint(regions=(timed,), compose="latents")
 
