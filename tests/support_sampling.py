@@ -37,6 +37,7 @@ def save_adapter(
     rank: int = 4,
     text_encoder: bool = False,
     dora: bool = False,
+    targets: tuple[str, ...] = UNET,
 ) -> str:
     """Write a LoRA with random weights, large enough to show, and alpha unlike its rank.
 
@@ -46,7 +47,7 @@ def save_adapter(
     from transformers import CLIPTextModel
 
     unet = UNet2DConditionModel.from_pretrained(base / "unet")
-    shapes = {"unet": LoraShape(rank, 2.0 * rank, UNET, dora=dora)}
+    shapes = {"unet": LoraShape(rank, 2.0 * rank, targets, dora=dora)}
     states = {"unet": _random_lora(unet, shapes["unet"], seed)}
     if text_encoder:
         encoder = CLIPTextModel.from_pretrained(base / "text_encoder")

@@ -16,7 +16,6 @@ from lookalike_platform.diffusion import decode, generators_of, noise
 from lookalike_platform.errors import InvalidRequest
 from lookalike_platform.files import sha256_file
 from lookalike_platform.samplers import make_sampler
-from lookalike_registry.adapter_file import LoraCard, LoraShape, save_lora
 from lookalike_trainers.base_parts import BaseParts
 from lookalike_trainers.methods.find import wear_of
 from support_images import picture
@@ -226,19 +225,8 @@ def test_what_changes_the_base_as_a_whole_is_refused_in_the_attention_by_name(
 def test_an_adapter_of_layers_without_places_is_refused_in_the_attention_by_name(
     engine: Orders, base_folder: Path, tmp_path: Path
 ) -> None:
-    from diffusers import UNet2DConditionModel
-
-    unet = UNet2DConditionModel.from_pretrained(base_folder / "unet")
-    layer = dict(unet.named_modules())["time_embedding.linear_1"]
-    target = "time_embedding.linear_1"
-    states = {
-        f"base_model.model.{target}.lora_A.weight": torch.randn(2, layer.in_features),
-        f"base_model.model.{target}.lora_B.weight": torch.randn(layer.out_features, 2),
-    }
-    shape = LoraShape(2, 2.0, (target,))
-    card = LoraCard("a subject", "sd1", 64, "sks", "epsilon", {"unet": shape})
     path = tmp_path / "timed.safetensors"
-    digest = save_lora(path, {"unet": states}, card)
+    digest = save_adapter(path, base_folder, targets=("to_v", "time_embedding.linear_1"))
     timed = Region("a", (AdapterFile("timed@1", digest, path, 1.0),), LEFT)
     with pytest.raises(InvalidRequest, match=r"timed@1.*no places"):
         engine.paint(regions=(timed,))
