@@ -61,7 +61,7 @@ def parts_of(
         parts.append(_read(order, base, name, prompt, dressed, count))
     if not order.regions:
         return parts
-    cells = torch.from_numpy(_cells(order, base)).to(base.device)
+    cells = torch.tensor([list(row) for row in _cells(order, base)], device=base.device)
     if order.compose == ATTENTION:
         return [_side_by_side(parts, cells)]
     placed = [replace(part, place=(cells == n).to(base.dtype)) for n, part in enumerate(parts)]

@@ -2,59 +2,58 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import numpy
 from PIL import Image, ImageOps
 
 from lookalike_platform.errors import FieldProblem, InvalidRequest
 
-Cells = numpy.ndarray[Any, Any]
 Box = Sequence[float]
+Cells = list[bytes]
+"""A number for each latent, row by row from the top: [height][width]."""
 
 
 def box_cells(box: Box, height: int, width: int) -> Cells:
-    """The latents whose middle lies in a box of shares of the picture, true in [height, width]."""
+    """1 for the latents whose middle lies in a box of shares of the picture, 0 for others."""
     left, top, right, bottom = box
-    x, y = ((numpy.arange(count) + 0.5) / count for count in (width, height))
-    inside: Cells = ((top <= y) & (y < bottom))[:, None] & ((left <= x) & (x < right))
-    return inside
+    across = bytes(left <= (x + 0.5) / width < right for x in range(width))
+    return [across if top <= (y + 0.5) / height < bottom else bytes(width) for y in range(height)]
 
 
 def mask_cells(path: Path, size: tuple[int, int], height: int, width: int) -> Cells:
-    """The latents at least half of whose pixels are white in a mask brought to the pictures'
-    size (width, height), true in [height, width]."""
+    """1 for the latents at least half of whose pixels are white in a mask brought to the pictures'
+    size (width, height), 0 for others."""
     with Image.open(path) as image:
         fitted = ImageOps.fit(image.convert("L"), size, Image.Resampling.LANCZOS)
-    white = numpy.asarray(fitted) >= 128
-    shares = white.reshape(height, size[1] // height, width, size[0] // width).mean((1, 3))
-    return shares >= 0.5
+    white = fitted.point([0] * 128 + [255] * 128)
+    shares = white.resize((width, height), Image.Resampling.BOX).tobytes()
+    return [bytes(x >= 128 for x in shares[y * width :][:width]) for y in range(height)]
 
 
 def numbered(regions: Sequence[Cells | None]) -> Cells:
     """The region of each latent, later ones over earlier ones: n + 1 for regions[n], 0 for none.
 
     Args:
-        regions: latents they cover, true in [height, width]; None for one not known yet, which
-            covers nothing.
+        regions: 1 for the latents that each covers; None for one not known yet, which covers
+            nothing.
 
     Raises InvalidRequest for a region that no latent is of.
     """
     known = {number: inside for number, inside in enumerate(regions, 1) if inside is not None}
-    if not known:
-        return numpy.zeros((0, 0), numpy.int64)
-    cells = numpy.zeros(next(iter(known.values())).shape, numpy.int64)
+    cells = [bytes(len(row)) for row in next(iter(known.values()), [])]
     for number, inside in known.items():
-        cells[inside] = number
+        cells = [
+            bytes(number if mine else before for mine, before in zip(*rows, strict=True))
+            for rows in zip(inside, cells, strict=True)
+        ]
     problems = [
         FieldProblem(
             f"regions[{number - 1}]",
             "is covered by later regions: put it after them, or make it larger"
-            if inside.any()
+            if any(map(any, inside))
             else "is smaller than a latent: make it larger, or ask for larger pictures",
         )
         for number, inside in known.items()
-        if not (cells == number).any()
+        if not any(number in row for row in cells)
     ]
     if problems:
         places = "; ".join(f"{problem.path} {problem.message}" for problem in problems)

@@ -145,7 +145,11 @@ def test_latents_are_those_of_multidiffusions_loop(
 
 def naive(base_folder: Path, sampler: str, regions: tuple[Region, ...]) -> Any:
     """Equation 5 of Bar-Tal et al.: a step of each region's own, of all latents, then their sum."""
-    places = [torch.from_numpy(box_cells(r.box, SIDE, SIDE)) for r in regions if r.box]
+    places = [
+        torch.tensor([[*row] for row in box_cells(r.box, SIDE, SIDE)]).bool()
+        for r in regions
+        if r.box
+    ]
     places = [~places[0] & ~places[1], places[0] & ~places[1], places[1]]
     start, _ = noise([9], 4, SIDE, SIDE)
     walks = []
@@ -243,10 +247,11 @@ def test_a_region_without_a_latent_of_its_own_is_refused(engine: Orders, tmp_pat
 
 
 def test_boxes_and_masks_are_brought_to_latents() -> None:
-    assert box_cells((0.0, 0.0, 0.5, 1.0), 2, 4).tolist() == [[True, True, False, False]] * 2
-    assert not box_cells((0.0, 0.0, 0.1, 1.0), 2, 4).any()
+    assert box_cells((0.0, 0.0, 0.5, 1.0), 2, 4) == [bytes([1, 1, 0, 0])] * 2
+    assert box_cells((0.0, 0.0, 0.1, 1.0), 2, 4) == [bytes(4)] * 2
     one, other = box_cells(ALL, 2, 2), box_cells(RIGHT, 2, 2)
-    assert numbered([one, None, other]).tolist() == [[1, 3], [1, 3]]
+    assert numbered([one, None, other]) == [bytes([1, 3])] * 2
+    assert numbered([None]) == []
 
 
 def test_a_mask_of_other_proportions_loses_its_edges(tmp_path: Path) -> None:
@@ -254,7 +259,7 @@ def test_a_mask_of_other_proportions_loses_its_edges(tmp_path: Path) -> None:
     mask.paste(255, (0, 0, 40, 64))
     mask.save(tmp_path / "mask.png")
     cells = mask_cells(tmp_path / "mask.png", (64, 64), 4, 4)
-    assert cells.tolist() == [[True, True, False, False]] * 4
+    assert cells == [bytes([1, 1, 0, 0])] * 4
 
 
 def test_an_order_with_regions_is_the_same_after_its_way_over_the_pipe(
