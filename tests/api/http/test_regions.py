@@ -158,7 +158,8 @@ def test_the_client_uploads_masks_and_takes_names_of_adapters(api: Api, tmp_path
     api.add_version("rex")
     picture(0, (64, 64)).save(tmp_path / "mask.png")
     region = {"prompt": "<rex>", "adapters": ["rex"], "mask_image": tmp_path / "mask.png"}
-    made = api.client.generate("a room", regions=[region], compose="latents")
-    [kept] = made["regions"]
-    assert api.client.image_file(kept["mask_image"]["id"]).startswith(b"\x89PNG")
+    with api.client as look:
+        made = look.generate("a room", regions=[region], compose="latents")
+        [kept] = made["regions"]
+        assert look.image_file(kept["mask_image"]["id"]).startswith(b"\x89PNG")
     assert (kept["versions"][0]["ref"], made["compose"]) == ("rex@1", "latents")
