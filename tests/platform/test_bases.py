@@ -239,8 +239,8 @@ def test_only_hub_ids_can_be_fetched() -> None:
 def test_nothing_of_the_platform_but_the_sampling_loop_imports_torch() -> None:
     program = (
         "import pkgutil, sys, importlib, lookalike_platform as p\n"
-        "skip = tuple('lookalike_platform.' + m for m in\n"
-        "    ('db.migrations', 'diffusion', 'conditioning', 'guidance', 'probability_flow', 'walk'))\n"
+        "skip = tuple('lookalike_platform.' + m for m in ('db.migrations', 'diffusion',\n"
+        "    'conditioning', 'guidance', 'probability_flow', 'walk'))\n"
         "for module in pkgutil.walk_packages(p.__path__, 'lookalike_platform.'):\n"
         "    if not module.name.startswith(skip): importlib.import_module(module.name)\n"
         "heavy = {'torch', 'diffusers', 'transformers', 'boto3', 'huggingface_hub'}\n"

@@ -2,7 +2,7 @@
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
@@ -10,6 +10,7 @@ from typing import Generic, TypeVar
 from lookalike_platform.errors import InvalidRequest
 
 Key = TypeVar("Key", bound=Hashable)
+Source = TypeVar("Source")
 Value = TypeVar("Value")
 
 
@@ -37,30 +38,41 @@ class Kept(Generic[Value]):
 
 
 @dataclass
-class Cache(Generic[Key, Value]):
+class Cache(Generic[Key, Source, Value]):
     """The values used last, never more than `budget` bytes of them.
 
     `take` pins a value until `give_back`; what is not pinned makes room, the one unused for
     longest first. A key is loaded once however many take it meanwhile. A value that could not be
     loaded is forgotten: whoever takes it next tries again. Safe to use from any thread.
 
-    size: bytes of a key's value, known before it is loaded, so that loading keeps the budget too.
+    A value comes from a source, which is not kept.
+
+    size: bytes of a source's value, known before it is loaded, so that loading keeps the budget.
     """
 
     name: str
     budget: int
-    size: Callable[[Key], int]
-    load: Callable[[Key], Value]
+    size: Callable[[Source], int]
+    load: Callable[[Source], Value]
     loaders: ThreadPoolExecutor
     counts: Counts = field(default_factory=Counts)
     _kept: OrderedDict[Key, Kept[Value]] = field(default_factory=OrderedDict)
     # Callbacks of loads that are done at once come from the thread that asked.
     _lock: threading.RLock = field(default_factory=threading.RLock)
 
-    def take(self, key: Key) -> Kept[Value] | None:
+    def check(self, sources: Mapping[Key, Source]) -> None:
+        """Raises InvalidRequest if they can never be there together, and what `size` raises."""
+        total = sum(self.size(source) for source in sources.values())
+        if total > self.budget:
+            raise InvalidRequest(
+                f"It takes {total:,} bytes, and the {self.name} has room for {self.budget:,}: "
+                "raise the budget in the sampler's settings."
+            )
+
+    def take(self, key: Key, source: Source) -> Kept[Value] | None:
         """The value pinned, being loaded or there; None while what is pinned leaves no room.
 
-        Raises InvalidRequest if it is larger than the whole budget, and what `size` raises.
+        What `check` refuses never has any. Raises what `size` raises.
         """
         with self._lock:
             kept = self._kept.get(key)
@@ -68,7 +80,7 @@ class Cache(Generic[Key, Value]):
                 self.counts.hits += 1
                 self._kept.move_to_end(key)
             else:
-                kept = self._begin(key)
+                kept = self._begin(key, source)
             if kept is not None:
                 kept.pins += 1
             return kept
@@ -89,14 +101,9 @@ class Cache(Generic[Key, Value]):
         with self._lock:
             return [key for key, kept in self._kept.items() if kept.pins]
 
-    def _begin(self, key: Key) -> Kept[Value] | None:
+    def _begin(self, key: Key, source: Source) -> Kept[Value] | None:
         """Make room and start to load, if there is room to be had."""
-        size = self.size(key)
-        if size > self.budget:
-            raise InvalidRequest(
-                f"It takes {size:,} bytes, and the {self.name} has room for {self.budget:,}: "
-                "raise the budget in the sampler's settings."
-            )
+        size = self.size(source)
         pinned = sum(kept.size for kept in self._kept.values() if kept.stays)
         if pinned + size > self.budget:
             return None
@@ -107,7 +114,7 @@ class Cache(Generic[Key, Value]):
             free += self._kept.pop(other).size
             self.counts.evictions += 1
         self.counts.loads += 1
-        self._kept[key] = kept = Kept(size, self.loaders.submit(self.load, key))
+        self._kept[key] = kept = Kept(size, self.loaders.submit(self.load, source))
         kept.value.add_done_callback(lambda _: self._forget_failed(key, kept))
         return kept
 

@@ -35,12 +35,15 @@ class Cast:
     found: list[AdapterVersion]
     manifests: list[Manifest]
 
-    def bind(self, prompt: str) -> tuple[str, list[str]]:
-        """The prompt for the text encoder, and warnings. Raises InvalidRequest; see prompts.py."""
+    def bind(self, prompt: str, name: str = "prompt") -> tuple[str, list[str]]:
+        """The prompt for the text encoder, and warnings. Raises InvalidRequest; see prompts.py.
+
+        name: of the request's field.
+        """
         subjects = [subjects_of(manifest) for manifest in self.manifests]
         groups = {m.identity.concept: own for m, own in zip(self.manifests, subjects, strict=True)}
         try:
-            bound, warnings = bind(prompt, list(chain(*subjects)), groups)
+            bound, warnings = bind(prompt, list(chain(*subjects)), groups, name)
         except InvalidRequest as error:
             raise InvalidRequest(error.detail, self._problems(error.fields)) from error
         where = f"{self.path.removesuffix('.')}: " if self.path else ""

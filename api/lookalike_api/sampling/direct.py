@@ -8,6 +8,7 @@ be done, and its lease by whom, so that a lost call, or one too many, changes no
 reach the address can do no more than wake the worker: let it listen inside the installation only.
 """
 
+import http.client
 import logging
 import threading
 import urllib.error
@@ -29,7 +30,7 @@ def call(url: str) -> None:
     try:
         with opener.open(request, timeout=CALL_SECONDS):
             pass
-    except OSError as error:
+    except (OSError, http.client.HTTPException) as error:
         log.warning("the sampler at %s does not answer (%s): the broker will tell it", url, error)
 
 

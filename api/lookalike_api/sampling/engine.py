@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from lookalike_api.sampling.loading import Adapters, Wanted, acts_on_rows
+from lookalike_api.sampling.loading import Adapters, acts_on_rows
 from lookalike_api.sampling.messages import AdapterFile, SampleOrder
 from lookalike_api.sampling.models import ResidentBase, ResidentBases
 from lookalike_api.sampling.painting import Asked, Batch, Painting
@@ -114,7 +114,8 @@ class Engine:
     @property
     def active(self) -> int:
         """Orders that are in a batch."""
-        batches = [batch for group in self._groups.values() for batch in group.acting]
+        # Asked from any thread: a list of the groups is made at once.
+        batches = [batch for group in list(self._groups.values()) for batch in group.acting]
         return len({batch.painting for batch in batches})
 
     def _let_in(self) -> None:
@@ -138,20 +139,19 @@ class Engine:
         if base is None:
             return None
         by_row = [file for file in order.files if acts_on_rows(file)]
+        self.adapters.check(base, by_row)
         painting = Painting(number, order, base, alone=order.alone)
-        cache = self.adapters.of(base)
         try:
             for file in by_row:
-                kept = cache.take(Wanted(file.digest, order.base_fingerprint, file, base))
+                kept = self.adapters.take(base, file)
                 if kept is None:
                     self._give_back(painting)
                     return None
                 painting.taken.append((file, kept))
+                kept.value.add_done_callback(lambda _: self._wake())
         except BaseException:
             self._give_back(painting)
             raise
-        for _, kept in painting.taken:
-            kept.value.add_done_callback(lambda _: self._wake())
         return painting
 
     def _group_loaded(self) -> None:
@@ -197,7 +197,8 @@ class Engine:
             group.waiting.popleft()
             painting = batch.painting
             try:
-                _check_deadline(painting.order)
+                if not any(other.walk for other in painting.batches):
+                    _check_deadline(painting.order)
                 with torch.inference_mode():
                     painting.begin(batch)
             except Exception as error:
@@ -254,12 +255,24 @@ class Engine:
         if not ready:
             return
         group.acting = [batch for batch in group.acting if batch not in ready]
-        latents = torch.cat([batch.walk.latents for batch in ready if batch.walk])
-        pictures = iter(decode(group.base.vae, latents))
+        try:
+            _decoded(group.base, ready)
+        except Exception:  # of memory, perhaps
+            self._decode_one_by_one(group.base, ready)
+        for painting in {batch.painting: None for batch in ready}:
+            if painting.done:
+                self._finish(painting)
+
+    def _decode_one_by_one(self, base: ResidentBase, ready: list[Batch]) -> None:
+        failed: set[Painting] = set()
         for batch in ready:
-            batch.pictures = [next(pictures) for _ in batch.numbers]
-            if batch.painting.done:
-                self._finish(batch.painting)
+            if batch.painting in failed:
+                continue
+            try:
+                _decoded(base, [batch])
+            except Exception as error:
+                failed.add(batch.painting)
+                self._end(batch.painting, told(error))
 
     def _finish(self, painting: Painting) -> None:
         pictures = [picture for batch in painting.batches for picture in batch.pictures]
@@ -301,6 +314,13 @@ class Engine:
             cache.give_back(painting.taken.pop()[1])
 
 
+def _decoded(base: ResidentBase, batches: list[Batch]) -> None:
+    latents = torch.cat([batch.walk.latents for batch in batches if batch.walk])
+    pictures = iter(decode(base.vae, latents))
+    for batch in batches:
+        batch.pictures = [next(pictures) for _ in batch.numbers]
+
+
 def _told_by(base: ResidentBase, asked: list[Asked]) -> list[torch.Tensor]:
     """What the denoiser predicts; it is called once for what neighbours want it to wear."""
     said: list[torch.Tensor] = []
@@ -328,7 +348,12 @@ def merged(slots: list[Slot]) -> list[Slot]:
 
 
 def told(error: BaseException) -> dict[str, Any]:
-    """What is said of an order that ends with this error."""
+    """What is said of an order that ends with this error.
+
+    Raises what leaves a GPU unusable to the process: a new one is to take its place.
+    """
+    if isinstance(error, torch.AcceleratorError):
+        raise error
     if isinstance(error, LookalikeError):
         return {"type": "error", "problem": error.problem()}
     traceback.print_exception(error)

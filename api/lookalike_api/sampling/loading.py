@@ -5,35 +5,35 @@ alone in its place.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from lookalike_api.sampling.cache import Cache
+from lookalike_api.sampling.cache import Cache, Kept
 from lookalike_api.sampling.messages import AdapterFile
-from lookalike_platform.errors import InvalidRequest, LookalikeError
+from lookalike_platform.errors import InvalidRequest
 from lookalike_platform.files import sha256_file
 from lookalike_registry.adapter_file import check_against_base
-from lookalike_registry.safetensors_header import read_header
+from lookalike_registry.safetensors_header import ITEM_BYTES, read_header
 from lookalike_registry.tensor_file import METHOD_KEY, check_tensors
 from lookalike_trainers.methods.find import rows_of
 from lookalike_trainers.methods.row_adapter import RowAdapter
 
-ITEM_BYTES = 4  # of the widest numbers adapters are kept in
+Key = tuple[str, str]
+"""An adapter for a base: its digest and the base's fingerprint. In memory once, whatever it is
+called, and whether or not the base has been loaded anew."""
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """An adapter for a base, in memory once whatever it is called: `base` is a ResidentBase."""
+    """Where an adapter comes from: its file, and the ResidentBase that is to wear it."""
 
-    digest: str
-    fingerprint: str
-    file: AdapterFile = field(compare=False)
-    base: Any = field(compare=False, repr=False)
+    file: AdapterFile
+    base: Any
 
 
 class Adapters:
@@ -46,26 +46,39 @@ class Adapters:
         loaders = ThreadPoolExecutor(2, thread_name_prefix="adapters")
         # One at a time, so that what is copied always finds room on the host.
         copier = ThreadPoolExecutor(1, thread_name_prefix="copier")
-        self.host: Cache[Wanted, RowAdapter | None] = Cache(
+        self.host: Cache[Key, Wanted, RowAdapter | None] = Cache(
             "host's adapter cache", host_bytes, _bytes, _load, loaders
         )
-        self.device: Cache[Wanted, RowAdapter | None] = Cache(
+        self.device: Cache[Key, Wanted, RowAdapter | None] = Cache(
             "device's adapter cache", device_bytes, _bytes, self._copy, copier
         )
 
-    def of(self, base: Any) -> Cache[Wanted, RowAdapter | None]:
+    def of(self, base: Any) -> Cache[Key, Wanted, RowAdapter | None]:
         """Where a base's adapters are taken from."""
         return self.host if base.device.type == "cpu" else self.device
 
+    def check(self, base: Any, files: Sequence[AdapterFile]) -> None:
+        """Raises InvalidRequest for adapters that are too large to be in memory together."""
+        sources = {key_of(file, base): Wanted(file, base) for file in files}
+        for cache in {id(self.host): self.host, id(self.of(base)): self.of(base)}.values():
+            cache.check(sources)
+
+    def take(self, base: Any, file: AdapterFile) -> Kept[RowAdapter | None] | None:
+        """Pinned, or None for as long as there is no room; see cache.py."""
+        return self.of(base).take(key_of(file, base), Wanted(file, base))
+
     def _copy(self, wanted: Wanted) -> RowAdapter | None:
-        kept = self.host.take(wanted)
-        if kept is None:
-            raise LookalikeError("The host's adapter cache is smaller than the device's.")
+        kept = self.host.take(key_of(wanted.file, wanted.base), wanted)
+        assert kept is not None, "one at a time, and none is larger than the host's budget"
         try:
             adapter = kept.value.result()
             return adapter and adapter.to(wanted.base.device, wanted.base.dtype)
         finally:
             self.host.give_back(kept)
+
+
+def key_of(file: AdapterFile, base: Any) -> Key:
+    return file.digest, base.fingerprint
 
 
 def acts_on_rows(adapter: AdapterFile) -> bool:
@@ -109,7 +122,8 @@ def _load(wanted: Wanted) -> RowAdapter | None:
 def _bytes(wanted: Wanted) -> int:
     """An upper bound."""
     tensors = read_header(wanted.file.path).tensors.values()
-    return sum(math.prod(tensor.shape) * ITEM_BYTES for tensor in tensors)
+    least: int = wanted.base.dtype.itemsize
+    return sum(math.prod(t.shape) * max(least, ITEM_BYTES[t.dtype]) for t in tensors)
 
 
 def _named(adapter: AdapterFile, look: Callable[[], Any]) -> Any:

@@ -21,7 +21,7 @@ from lookalike_trainers.methods.row_adapter import RowAdapter
 from lookalike_trainers.methods.row_edits import RowEdits
 
 MAX_BASES = 2
-MAX_TEXTS = 256
+TEXT_BYTES = 2**26  # of prompts kept as the text encoders read them
 
 
 class ResidentBases:
@@ -43,7 +43,7 @@ class ResidentBases:
                 del self._bases[other]
             if len(self._bases) >= MAX_BASES:
                 return None
-            self._bases[key] = ResidentBase(folder, device, self._cache)
+            self._bases[key] = ResidentBase(folder, device, fingerprint, self._cache)
         self._bases.move_to_end(key)
         return self._bases[key]
 
@@ -71,9 +71,11 @@ class ResidentBase:
     whole (`wear`). diffusers' pipeline holds the parts; what it is not used for is sampling.
     """
 
-    def __init__(self, folder: Path, device: str, cache: Path | None = None) -> None:
+    def __init__(
+        self, folder: Path, device: str, fingerprint: str, cache: Path | None = None
+    ) -> None:
         diffusers_logging.disable_progress_bar()
-        self.folder = folder
+        self.folder, self.fingerprint = folder, fingerprint
         self.cache = cache
         self.device = torch.device(
             ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
@@ -140,7 +142,7 @@ class ResidentBase:
             finally:
                 while take_off:
                     take_off.pop()()
-            while len(self._texts) > MAX_TEXTS:
+            while len(self._texts) > 1 and self._text_bytes() > TEXT_BYTES:
                 self._texts.popitem(last=False)
         self._texts.move_to_end(key)
         return self._texts[key]
@@ -156,6 +158,10 @@ class ResidentBase:
     def max_tokens(self) -> int:
         """Tokens the text encoders read, start and end marks included."""
         return min(int(tokenizer.model_max_length) for tokenizer in self.tokenizers)
+
+    def _text_bytes(self) -> int:
+        texts = [read.text.tensors() for read in self._texts.values()]
+        return sum(tensor.nbytes for tensors in texts for tensor in tensors.values())
 
     def _read(self, text: str) -> Read:
         spelled = spell(text, self.learned)

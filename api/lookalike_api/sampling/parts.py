@@ -114,7 +114,7 @@ def _read(
     ]
     blank = base.read_negative(order.negative_prompt, dressed)
     both = [text.expand(count) for text in same_depth([blank.text, read.text])]
-    text = Text.cat(both)
+    text = Text.cat(both).of_size(order.height, order.width)
     outfit = tuple((one.adapter, one.file.scale) for one in dressed)
     answers = base.edits.answers(outfit, text.features)
     return Part(base.worn, outfit, text, answers, warnings=warnings)

@@ -40,12 +40,16 @@ class Subject:
 
 
 def bind(
-    prompt: str, subjects: Sequence[Subject], groups: Mapping[str, Sequence[Subject]] | None = None
+    prompt: str,
+    subjects: Sequence[Subject],
+    groups: Mapping[str, Sequence[Subject]] | None = None,
+    path: str = "prompt",
 ) -> tuple[str, list[str]]:
     """The prompt for the text encoder, and warnings about adapters it does not speak to.
 
     Args:
         groups: names that stand for several of the subjects at once.
+        path: of the request's field that has the prompt.
 
     Raises:
         InvalidRequest: `<name>` of an adapter that is not in the request, or a trigger that
@@ -59,14 +63,14 @@ def bind(
             "The prompt names a subject the request brings no adapter for.",
             [
                 FieldProblem(
-                    "prompt",
+                    path,
                     f"<{name}> is unknown (adapters of this request: {listed}). Add it to "
                     "`adapters`, or write the word without angle brackets.",
                 )
                 for name in unknown
             ],
         )
-    _refuse_ambiguous(prompt, subjects)
+    _refuse_ambiguous(prompt, subjects, path)
     for subject in subjects:
         if subject.word:
             prompt = _mention(subject.trigger).sub(subject.word, prompt)
@@ -75,7 +79,7 @@ def bind(
     return bound, _unheard(bound, named, subjects) + _alike(subjects)
 
 
-def _refuse_ambiguous(prompt: str, subjects: Sequence[Subject]) -> None:
+def _refuse_ambiguous(prompt: str, subjects: Sequence[Subject], path: str) -> None:
     """A bare trigger that a learned word shares with another subject could mean either."""
     for subject in subjects:
         others = [s.name for s in subjects if s.trigger.lower() == subject.trigger.lower()]
@@ -83,7 +87,7 @@ def _refuse_ambiguous(prompt: str, subjects: Sequence[Subject]) -> None:
             listed = " or ".join(f"<{name}>" for name in others)
             raise InvalidRequest(
                 "The prompt does not say which subject is meant.",
-                [FieldProblem("prompt", f"{subject.trigger} may mean {listed}: write that")],
+                [FieldProblem(path, f"{subject.trigger} may mean {listed}: write that")],
             )
 
 

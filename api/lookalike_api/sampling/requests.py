@@ -205,6 +205,7 @@ class GenerateJob(BaseModel):
     deadline_seconds: float | None = None
     warnings: list[str]
     # Jobs of before these were asked for have none of them.
+    bound_negative: str | None = None
     guidance_rescale: float = 0.0
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     dynamic_threshold: float | None = None

@@ -197,9 +197,13 @@ class SamplerService:
                 answers.put(answer)
         resident.popen.stdout.close()
         with self._lock:
+            # Orders from here on go to another process.
+            if self._resident is resident:
+                self._resident = None
             waiting = list(resident.answers.values())
         for answers in waiting:
             answers.put(None)
+        self._bury(resident)
 
     def _bury(self, resident: _Resident) -> str:
         """Reap a dead process and say how it ended."""

@@ -12,6 +12,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -37,33 +38,47 @@ from lookalike_platform.jobs.lease import Lease
 from lookalike_platform.jobs.work import carry_out_claimed
 from lookalike_platform.settings import Settings, get_settings
 
-# A sampler that dies is started again this often before the job fails.
+# A job fails when so many samplers died with it in a batch, or so many before it was in one.
 TRIES = 2
+STARTS = 5
 # Steps of small models are fast: progress is written no more often than this.
 PROGRESS_SECONDS = 0.25
 
 _shutting_down = threading.Event()
+# Held by the job that is made again after a sampler died with it in a batch: of those that were in
+# it together, whichever was too much for it shall not take the others along again.
+_suspect = threading.Lock()
 
 
 @app.task(name="lookalike.generate")
 def generate(job_id: str) -> None:
     """The message is a ticket (jobs/fair.py): whose turn it is may be another job's."""
-    serve()
-
-
-def serve() -> None:
-    """Carry out one job in this thread, as soon as fewer than `sample_concurrency` are in hand."""
-    settings = get_settings()
-    worker = f"{socket.gethostname()}:{os.getpid()}"
     with _places():
-        run(worker, _database(settings.database_url), open_blobs(settings), settings, _sampler())
+        _serve()
 
 
 def listen() -> None:
     """Take calls of the API too, if the settings say where."""
     settings = get_settings()
     if settings.sampler_url:
-        direct.listen(settings.sampler_url, serve, lambda: exposition(_sampler().figures))
+        direct.listen(settings.sampler_url, _called, lambda: exposition(_sampler().figures))
+
+
+def _called() -> None:
+    """A call of the API. While `sample_concurrency` jobs are in hand the broker's message, which
+    waits for a place, is enough."""
+    if not _shutting_down.is_set() and _places().acquire(blocking=False):
+        try:
+            _serve()
+        finally:
+            _places().release()
+
+
+def _serve() -> None:
+    """Carry out one job in this thread."""
+    settings = get_settings()
+    worker = f"{socket.gethostname()}:{os.getpid()}"
+    run(worker, _database(settings.database_url), open_blobs(settings), settings, _sampler())
 
 
 def run(
@@ -136,7 +151,9 @@ def _order(
         device=settings.device,
         adapters=_adapters(request.adapters, blobs),
         prompt=request.bound_prompt,
-        negative_prompt=request.negative_prompt,
+        negative_prompt=(
+            request.negative_prompt if request.bound_negative is None else request.bound_negative
+        ),
         guidance_scale=request.guidance_scale,
         steps=request.steps,
         sampler=request.sampler,
@@ -187,22 +204,33 @@ def _paint(
         return hold.cancel_requested or hold.lost or _shutting_down.is_set()
 
     on_progress = _progress_writer(db, lease)
-    tries = 0
-    while tries < TRIES:
-        try:
-            return sampler.sample(order, on_progress, should_stop)
-        except SamplerDied as died:
-            text = f"the sampler process died: {died}"
-            leases.event(db, lease, "message", {"text": text}, "warning")
-            reason = str(died)
-            if died.begun:
-                # Whichever order was too much for it, the others shall not go down with it again.
-                tries += 1
-                order = replace(order, alone=True)
-    raise LookalikeError(
-        f"The sampler process died {TRIES} times ({reason}), most often because memory ran out. "
-        "Ask for fewer or smaller images, and look at the worker's log."
-    )
+    begun = before = 0
+    with ExitStack() as held:
+        while not should_stop():
+            try:
+                return sampler.sample(order, on_progress, should_stop)
+            except SamplerDied as died:
+                text = f"the sampler process died: {died}"
+                leases.event(db, lease, "message", {"text": text}, "warning")
+                begun, before = begun + died.begun, before + (not died.begun)
+                if begun == TRIES or before == STARTS:
+                    raise LookalikeError(
+                        f"The sampler process died {begun + before} times ({died}), most often "
+                        "because memory ran out. Ask for fewer or smaller images, and look at the "
+                        "worker's log."
+                    ) from died
+            if begun:
+                order = replace(order, alone=True, deadline=None)
+                _take_turn(held, should_stop)
+    return None
+
+
+def _take_turn(held: ExitStack, should_stop: Callable[[], bool]) -> None:
+    """Wait for `_suspect`, which `held` gives back; once it is held, or on stopping, no more."""
+    while not should_stop():
+        if _suspect.acquire(timeout=PROGRESS_SECONDS):
+            held.callback(_suspect.release)
+            return
 
 
 def _progress_writer(db: Database, lease: Lease) -> Callable[[int, int], None]:
@@ -239,6 +267,12 @@ def _drain(**_: object) -> None:
 
 @signals.worker_shutdown.connect
 def _close(**_: object) -> None:
+    """Once the jobs in hand, those of direct calls too, have gone back to the queue."""
+    settings = get_settings()
+    end = time.monotonic() + settings.stop_grace_seconds
+    for _place in range(settings.sample_concurrency):
+        if not _places().acquire(timeout=max(0.0, end - time.monotonic())):
+            break
     _sampler().close()
 
 

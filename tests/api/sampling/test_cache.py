@@ -15,7 +15,7 @@ SIZES = {"a": 1, "b": 2, "c": 3, "d": 4, "e": 5}
 BUDGET = 6
 
 
-def make(load: Any, workers: int = 4) -> Cache[str, str]:
+def make(load: Any, workers: int = 4) -> Cache[str, str, str]:
     return Cache("cache", BUDGET, SIZES.__getitem__, load, ThreadPoolExecutor(workers))
 
 
@@ -30,7 +30,7 @@ def test_the_budget_is_kept_and_what_is_pinned_stays_the_same(
     for key, give_back in actions:
         if give_back and taken:
             cache.give_back(taken.pop(0)[1])
-        elif (kept := cache.take(key)) is not None:
+        elif (kept := cache.take(key, key)) is not None:
             taken.append((key, kept, kept.value.result()))
         else:
             others = {other for other, _, _ in taken} - {key}
@@ -38,7 +38,7 @@ def test_the_budget_is_kept_and_what_is_pinned_stays_the_same(
         assert cache.held <= BUDGET
         assert set(cache.pinned) == {key for key, _, _ in taken}
         for key, _, value in taken:
-            again = cache.take(key)
+            again = cache.take(key, key)
             assert again is not None
             assert again.value.result() is value
             cache.give_back(again)
@@ -56,7 +56,7 @@ def test_a_value_is_loaded_once_however_many_take_it_meanwhile() -> None:
 
     cache = make(load)
     with ThreadPoolExecutor(8) as threads:
-        taken = list(threads.map(lambda _: cache.take("a"), range(32)))
+        taken = list(threads.map(lambda _: cache.take("a", "a"), range(32)))
         gate.set()
         assert {kept.value.result() for kept in taken if kept} == {"a"}
     assert loads == ["a"]
@@ -66,7 +66,7 @@ def test_a_value_is_loaded_once_however_many_take_it_meanwhile() -> None:
 def test_the_one_unused_for_longest_makes_room() -> None:
     cache = make(str)
     for key in ("a", "b", "c", "a", "d"):
-        kept = cache.take(key)
+        kept = cache.take(key, key)
         assert kept is not None
         kept.value.result()
         cache.give_back(kept)
@@ -83,13 +83,13 @@ def test_what_could_not_be_loaded_is_tried_again_and_pins_nothing() -> None:
         return key
 
     cache = make(load, workers=1)
-    first = cache.take("e")
+    first = cache.take("e", "e")
     assert first is not None
     with pytest.raises(OSError, match="away"):
         first.value.result()
     cache.loaders.submit(str).result()  # its callbacks have been called
     assert (cache.held, cache.pinned, cache.counts.failures) == (0, [], 1)
-    second = cache.take("e")
+    second = cache.take("e", "e")
     cache.give_back(first)  # late, and of no account
     assert second is not None
     assert second.value.result() == "e"
@@ -99,16 +99,18 @@ def test_what_could_not_be_loaded_is_tried_again_and_pins_nothing() -> None:
 def test_a_value_being_loaded_is_not_thrown_out_for_another() -> None:
     gate = threading.Event()
     cache = make(lambda key: gate.wait() and key)
-    kept = cache.take("d")
+    kept = cache.take("d", "d")
     assert kept is not None
     cache.give_back(kept)  # canceled meanwhile
-    assert cache.take("c") is None
+    assert cache.take("c", "c") is None
     gate.set()
     kept.value.result()
-    assert cache.take("c") is not None
+    assert cache.take("c", "c") is not None
 
 
-def test_what_can_never_fit_is_refused() -> None:
+def test_what_can_never_be_there_together_is_refused() -> None:
     cache = Cache("host's cache", 4, SIZES.__getitem__, str, ThreadPoolExecutor(1))
-    with pytest.raises(InvalidRequest, match="room for 4"):
-        cache.take("e")
+    cache.check({"d": "d"})
+    for names in ("e", "bc"):
+        with pytest.raises(InvalidRequest, match="room for 4"):
+            cache.check({name: name for name in names})

@@ -1,5 +1,8 @@
 """Our loop against diffusers' own pipeline: the same pictures, pixel by pixel."""
 
+import gc
+import time
+import weakref
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -82,6 +85,23 @@ def assert_within_a_level(ours: list[Any], theirs: list[Any]) -> None:
     """Sums in another order than PEFT's: 8-bit colours may round either way."""
     apart = numpy.asarray(ours, dtype=int) - numpy.asarray(theirs, dtype=int)
     assert abs(apart).max() <= 1
+
+
+def test_sdxl_is_told_of_the_size_that_is_asked_for(tmp_path: Path) -> None:
+    folder = save_base(tmp_path, "sdxl")
+    size = {"width": 96, "height": 64}
+    ours = engine_of(folder).paint(prompt=PROMPT, num_images=1, **size)
+    theirs = reference(
+        folder,
+        PROMPT,
+        seed=5,
+        num_images=1,
+        sampler=SAMPLERS["ddim"],
+        num_inference_steps=4,
+        guidance_scale=4.0,
+        **size,
+    )
+    assert_within_a_level(ours, [numpy.asarray(image) for image in theirs])
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 4.0])
@@ -217,7 +237,7 @@ def test_text_features_are_computed_once_per_text_and_text_encoder_adapters(
     from lookalike_api.sampling.models import Dressed, ResidentBase
     from lookalike_trainers.methods.lora import rows
 
-    base = ResidentBase(base_folder, "cpu")
+    base = ResidentBase(base_folder, "cpu", "base")
     unets, texts = (
         [Dressed(row, file)] for file in adapters if (row := rows(base, file.path)) is not None
     )
@@ -229,12 +249,67 @@ def test_text_features_are_computed_once_per_text_and_text_encoder_adapters(
     assert base.read(PROMPT, []).text is without
 
 
+def test_a_base_that_made_room_leaves_memory_though_its_adapters_are_kept(
+    base: Orders, adapters: list[AdapterFile]
+) -> None:
+    paint(base, adapters)
+    bases = base.engine._bases._bases
+    (gone,) = map(weakref.ref, bases.values())
+    bases.clear()
+    gc.collect()
+    assert gone() is None
+    assert base.engine.adapters.host.held > 0
+
+
+def test_adapters_too_large_together_are_refused_and_hold_nobody_up(
+    base_folder: Path, adapters: list[AdapterFile]
+) -> None:
+    each = max(file.path.stat().st_size for file in adapters)
+    engine = engine_of(base_folder, adapter_bytes=int(1.5 * each))
+    both, one = (engine.send(adapters=tuple(worn)) for worn in (adapters, adapters[:1]))
+    refused, done = engine.until(both, one)
+    assert "raise the budget" in refused["problem"]["detail"]
+    assert done["type"] == "done"
+    assert engine.engine.adapters.host.pinned == []
+
+
+def test_pictures_that_cannot_be_decoded_end_their_own_order_alone(
+    base: Orders, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lookalike_api.sampling import engine
+
+    def too_much(vae: Any, latents: Any) -> list[Any]:
+        if len(latents) > 1:
+            raise RuntimeError("out of memory")
+        return decode(vae, latents)
+
+    decode = engine.decode
+    monkeypatch.setattr(engine, "decode", too_much)
+    ends = base.until(base.send(num_images=2), base.send(), base.send(seed=6))
+    assert [end["type"] for end in ends] == ["crash", "done", "done"]
+
+
+def test_the_deadline_does_not_end_what_has_begun(
+    base: Orders, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lookalike_api.sampling import engine
+
+    monkeypatch.setattr(engine, "BATCH_PIXELS", 64 * 64)
+    base.told.clear()
+    number = base.send(num_images=2, deadline=time.time() + 3600)
+    while not any(answer["type"] == "begun" for answer in base.told):
+        base.engine.turn()
+        base.collect()
+    monkeypatch.setattr(engine.time, "time", lambda: float("inf"))
+    assert len(base.pictures(number)) == 2
+
+
 def test_only_the_bases_used_last_stay(
     base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from lookalike_api.sampling import models
 
-    monkeypatch.setattr(models, "ResidentBase", lambda folder, device, cache: object())
+    monkeypatch.setattr(models, "ResidentBase", lambda folder, device, fingerprint, cache: object())
     bases: Any = models.ResidentBases(tmp_path)
     first = bases.get("1", base_folder, "cpu")
     second = bases.get("2", base_folder, "cpu")

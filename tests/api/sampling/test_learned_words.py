@@ -88,10 +88,22 @@ def test_a_word_that_is_not_worn_means_nothing(base: Orders, tmp_path: Path) -> 
     assert numpy.array_equal(painted(base, "a adv_ann"), unknown)
 
 
+def test_words_worn_one_after_the_other_take_up_one_place_in_the_vocabulary(
+    base_folder: Path, tmp_path: Path
+) -> None:
+    resident = ResidentBase(base_folder, "cpu", "base")
+    (tokenizer,) = resident.tokenizers
+    known = len(tokenizer)
+    for seed, owner in enumerate(("ann", "bob", "eve")):
+        file = learned(tmp_path, owner, seed)
+        resident.read(f"a adv_{owner}", [Dressed(row_adapter(resident, file.path), file)])
+    assert len(tokenizer) == known + VECTORS
+
+
 def test_a_long_word_is_counted_as_the_tokens_it_stands_for(
     base_folder: Path, tmp_path: Path
 ) -> None:
-    resident = ResidentBase(base_folder, "cpu")
+    resident = ResidentBase(base_folder, "cpu", "base")
     ann = learned(tmp_path, "ann", 1)
     dressed = Dressed(row_adapter(resident, ann.path), ann)
     before = resident.read("a", []).tokens

@@ -1,6 +1,7 @@
 """A generate job's ways to its end, with a stand-in for the sampler; both databases."""
 
 import json
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -121,6 +122,43 @@ def test_a_sampler_that_died_gets_the_order_again(settings: Settings, database: 
     assert known.job.state == "succeeded"
     [warning] = [event for event in known.events if event.level == "warning"]
     assert "signal 9" in warning.payload["text"]
+
+
+def test_a_sampler_that_never_starts_fails_the_job(settings: Settings, database: Database) -> None:
+    def never(*_: Any) -> None:
+        raise SamplerDied("it ended with code 1", begun=False)
+
+    sampler = Stub(never)
+    job_id = submit(settings, database)
+    carry_out(settings, database, sampler)
+    job = look(database, job_id).job
+    assert (job.state, len(sampler.orders)) == ("failed", task.STARTS)
+
+
+def test_a_job_whose_sampler_dies_can_be_canceled(settings: Settings, database: Database) -> None:
+    def die(_order: SampleOrder, _progress: Any, should_stop: Callable[[], bool]) -> None:
+        with database.session() as session:
+            store.cancel(session, "local", job_id)
+        while not should_stop():
+            time.sleep(0.01)
+        raise SamplerDied("it was killed by signal 9", begun=False)
+
+    sampler = Stub(die)
+    job_id = submit(settings, database)
+    carry_out(settings, database, sampler)
+    assert (look(database, job_id).job.state, len(sampler.orders)) == ("canceled", 1)
+
+
+def test_a_negative_prompt_names_subjects_as_a_prompt_does(
+    settings: Settings, database: Database
+) -> None:
+    sampler = Stub()
+    submit(settings, database, negative_prompt="two of <rex>")
+    carry_out(settings, database, sampler)
+    assert sampler.orders[0].negative_prompt == "two of sks dog"
+    with pytest.raises(InvalidRequest) as refused:
+        submit(settings, database, negative_prompt="<fido>")
+    assert [field.path for field in refused.value.fields] == ["negative_prompt"]
 
 
 def test_a_sampler_that_keeps_dying_fails_the_job_with_what_to_do(

@@ -8,6 +8,7 @@ Rows may be held at a norm n, v = n r / |r| with r what trains (Salimans & Kingm
 fixed): nothing is to be done between steps, so shares and checkpoints stay exact.
 """
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -127,6 +128,13 @@ def learned_rows(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]
     return {key: tensor for key, tensor in tensors.items() if key.startswith(PREFIX)}
 
 
+def _free_names(wearer: Wearer, count: int) -> list[str]:
+    """Names of `count` tokens side by side that stand for no word now."""
+    used = {name for names in wearer.learned.values() for name in names}
+    blocks = (token_names(f"worn-{count}-{place}", count) for place in itertools.count())
+    return next(names for names in blocks if names[0] not in used)
+
+
 def wear_only_words(
     wearer: Wearer, text: Mapping[str, torch.Tensor], scale: float, word: str
 ) -> TakeOff:
@@ -139,26 +147,27 @@ def wear_words(
 ) -> TakeOff:
     """Let `word` in prompts stand for the rows `tokens.<part>` of an adapter file, if it has any.
 
-    The names stay known to the tokenizers when the word is taken off, for these cannot forget:
-    nobody writes them, and their ids are the same when the word is worn again.
+    The tokens' names stay known to the tokenizers when the word is taken off, for these cannot
+    forget: they are of a pool, no larger than what was worn at once.
     """
     rows = {name: tensors.get(f"{PREFIX}{name}") for name in parts_of(wearer) if name != "unet"}
     if all(one is None for one in rows.values()):
         return lambda: None
     if word in wearer.learned:
         raise InvalidRequest(f"Two adapters answer to {word!r}: let one of them act at a time.")
+    if missing := [name for name, own in rows.items() if own is None]:
+        raise InvalidRequest(f"The adapter has learned words, but none for {missing[0]}.")
+    own = [tensor for tensor in rows.values() if tensor is not None]
+    names = _free_names(wearer, len(own[0]) // layers)
+    wearer.learned[word] = names
     added = []
-    for (name, own), tokenizer, encoder in zip(
-        rows.items(), wearer.tokenizers, wearer.text_encoders, strict=True
+    for tensor, tokenizer, encoder in zip(
+        own, wearer.tokenizers, wearer.text_encoders, strict=True
     ):
-        if own is None:
-            raise InvalidRequest(f"The adapter has learned words, but none for {name}.")
-        names = token_names(word, len(own) // layers)
         tokenizer.add_tokens(names)
         first = tokenizer.convert_tokens_to_ids(names[0])
-        layer = add_rows(encoder, own.to(encoder.device), first, layers=layers)
+        layer = add_rows(encoder, tensor.to(encoder.device), first, layers=layers)
         added.append((encoder, layer.requires_grad_(False)))
-        wearer.learned[word] = names
 
     def take_off() -> None:
         del wearer.learned[word]
