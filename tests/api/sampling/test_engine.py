@@ -262,10 +262,10 @@ def test_a_base_that_made_room_leaves_memory_though_its_adapters_are_kept(
 
 
 def test_adapters_too_large_together_are_refused_and_hold_nobody_up(
-    base_folder: Path, adapters: list[AdapterFile]
+    base: Orders, base_folder: Path, adapters: list[AdapterFile]
 ) -> None:
-    each = max(file.path.stat().st_size for file in adapters)
-    engine = engine_of(base_folder, adapter_bytes=int(1.5 * each))
+    paint(base, adapters)
+    engine = engine_of(base_folder, adapter_bytes=base.engine.adapters.host.held - 1)
     both, one = (engine.send(adapters=tuple(worn)) for worn in (adapters, adapters[:1]))
     refused, done = engine.until(both, one)
     assert "raise the budget" in refused["problem"]["detail"]

@@ -138,7 +138,7 @@ def test_a_sampler_that_never_starts_fails_the_job(settings: Settings, database:
 def test_a_job_whose_sampler_dies_can_be_canceled(settings: Settings, database: Database) -> None:
     def die(_order: SampleOrder, _progress: Any, should_stop: Callable[[], bool]) -> None:
         with database.session() as session:
-            store.cancel(session, "local", job_id)
+            store.request_cancel(session, "local", job_id)
         while not should_stop():
             time.sleep(0.01)
         raise SamplerDied("it was killed by signal 9", begun=False)
