@@ -73,7 +73,6 @@ class BaseFeatures:
         place = self._schedule.timesteps * TIMESTEP // 1000
         timesteps = torch.full((len(latents),), place)
         told = self._schedule.times[timesteps].to(device)
-        told = self._schedule.times[timesteps]
         seen: list[torch.Tensor] = []
         hook = unet.mid_block.register_forward_hook(
             lambda _module, _inputs, output: seen.append(output.mean((2, 3)).float().cpu())
