@@ -82,7 +82,7 @@ class BaseFeatures:
                 luck = generator("base features", number)
                 noise = torch.randn(latents.shape[1:], generator=luck).expand_as(latents)
                 noisy = self._schedule.noised(latents, noise, timesteps)
-                predict(unet, noisy.to(device), told.to(device), blank)
+                predict(unet, noisy.to(device), told, blank)
         finally:
             hook.remove()
         return torch.stack(seen).mean(0).clone()
