@@ -24,7 +24,7 @@ from lookalike_trainers.methods.products import own_layers
 SCENES = ("a photo of {}", "{} on the beach")
 STEPS = 4  # of each scene: inputs at as many timesteps
 
-_WORD = "subject"
+WORD = "subject"
 Hear = Callable[[str, Tensor], None]
 
 
@@ -46,7 +46,7 @@ def observe(
         for part, model in parts_of(parts).items()
         for name, layer in own_layers(model).items()
     }
-    take_off = wear_of(parent.method)(parts, parent.file, parent.scale, _WORD)
+    take_off = wear_of(parent.method)(parts, parent.file, parent.scale, WORD)
     hooks = [
         found[name].register_forward_pre_hook(_handing(name, found[name], hear)) for name in layers
     ]
@@ -64,7 +64,7 @@ def called(subjects: Sequence[SubjectRecord]) -> list[str]:
     """How prompts speak of a parent's subjects while it is worn for `observe`."""
     return [
         subject.phrase.format(
-            trigger=nth_word(_WORD, place) if subject.learned else subject.trigger,
+            trigger=nth_word(WORD, place) if subject.learned else subject.trigger,
             class_noun=subject.class_noun,
         )
         for place, subject in enumerate(subjects, 1)

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from lookalike_registry.compose.closed_form import TextStatistics
 from lookalike_trainers.base_parts import BaseParts
-from lookalike_trainers.composition.observing import called
+from lookalike_trainers.composition.observing import WORD, called
 from lookalike_trainers.composition.request import ParentFile
 from lookalike_trainers.methods.covariance import CAPTIONS
 from lookalike_trainers.methods.find import wear_of
@@ -29,14 +29,16 @@ def statistics(parts: BaseParts, resolution: int) -> TextStatistics:
 def features(parts: BaseParts, parent: ParentFile, resolution: int) -> Tensor:
     """K* [tokens, in] of a parent's words: "{V*} {noun}" and the same in "photo of a {V*} {noun}",
     each up to its end mark, as Custom Diffusion's published code takes them."""
-    take_off = wear_of(parent.method)(parts, parent.file, parent.scale, "subject")
+    take_off = wear_of(parent.method)(parts, parent.file, parent.scale, WORD)
     rows = []
-    for spoken in called(parent.subjects):
-        for before in ("", BEFORE):
-            prompt = f"{before} {spoken}".strip()
-            start, end = 1 + _count(parts, before), 2 + _count(parts, prompt)
-            rows.append(parts.encode([prompt], resolution).features[0, start:end].cpu())
-    take_off()
+    try:
+        for spoken in called(parent.subjects):
+            for before in ("", BEFORE):
+                prompt = f"{before} {spoken}".strip()
+                start, end = 1 + _count(parts, before), 2 + _count(parts, prompt)
+                rows.append(parts.encode([prompt], resolution).features[0, start:end].cpu())
+    finally:
+        take_off()
     return torch.cat(rows)
 
 

@@ -12,6 +12,7 @@ Nothing trains this: `composition/` merges, and what fits into a LoRA file becom
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -129,26 +130,22 @@ def wear(wearer: Wearer, file: Path, scale: float, word: str) -> TakeOff:
             f"{file.name} has words for another number of cross-attention layers than the {found} "
             "of this base: it was made for another one."
         )
-    undo: list[TakeOff] = []
-    for place, subject in enumerate(change.subjects, 1):
-        rows = {f"{TOKENS}{part}": tensor for part, tensor in subject.rows.items()}
-        undo.append(wear_words(wearer, rows, nth_word(word, place), subject.layers))
-        if subject.gate:
-            gate = {key: tensor.to(wearer.unet.device) for key, tensor in subject.gate.items()}
-            gates = perfusion.gates_of(wearer, gate)
-            undo.append(perfusion.wear_gates(wearer, gates, scale * subject.gate_scale))
-    if any(subject.layers > 1 for subject in change.subjects):
-        undo += [read_by_layer(wearer.text_encoders, found), take_own_text(wearer.unet)]
     named = {f"{deltas.PREFIX}{name}": delta for name, delta in change.deltas.items()}
-    undo.append(deltas.wear_deltas(wearer, named, scale))
     products = {name: _product(pair) for name, pair in change.products.items()}
-    undo.append(wear_products(wearer, products, scale))
-
-    def take_off() -> None:
-        for one in reversed(undo):
-            one()
-
-    return take_off
+    with ExitStack() as undo:
+        for place, subject in enumerate(change.subjects, 1):
+            rows = {f"{TOKENS}{part}": tensor for part, tensor in subject.rows.items()}
+            undo.callback(wear_words(wearer, rows, nth_word(word, place), subject.layers))
+            if subject.gate:
+                gate = {key: tensor.to(wearer.unet.device) for key, tensor in subject.gate.items()}
+                gates = perfusion.gates_of(wearer, gate)
+                undo.callback(perfusion.wear_gates(wearer, gates, scale * subject.gate_scale))
+        if any(subject.layers > 1 for subject in change.subjects):
+            undo.callback(read_by_layer(wearer.text_encoders, found))
+            undo.callback(take_own_text(wearer.unet))
+        undo.callback(deltas.wear_deltas(wearer, named, scale))
+        undo.callback(wear_products(wearer, products, scale))
+        return undo.pop_all().close
 
 
 def _product(pair: LowRank) -> Product:

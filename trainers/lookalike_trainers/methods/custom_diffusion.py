@@ -10,6 +10,7 @@ may be learned at once: one V* each, one W^k and W^v for all, photos in any orde
 """
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -92,14 +93,10 @@ def wear(wearer: Wearer, file: Path, scale: float, word: str) -> TakeOff:
     from safetensors.torch import load_file
 
     tensors = load_file(file)
-    without_deltas = wear_deltas(wearer, tensors, scale)
-    without_words = _wear_text(wearer, tensors, scale, word, subjects=_subjects(file))
-
-    def take_off() -> None:
-        without_words()
-        without_deltas()
-
-    return take_off
+    with ExitStack() as undo:
+        undo.callback(wear_deltas(wearer, tensors, scale))
+        undo.callback(_wear_text(wearer, tensors, scale, word, subjects=_subjects(file)))
+        return undo.pop_all().close
 
 
 def rows(wearer: Wearer, file: Path) -> RowAdapter | None:
@@ -134,16 +131,11 @@ def _wear_text(
 ) -> TakeOff:
     """Each subject's share of the rows, for its own word."""
     words = learned_rows(text)
-    undo = []
-    for place in range(subjects):
-        own = {key: tensor.chunk(subjects)[place] for key, tensor in words.items()}
-        undo.append(wear_words(wearer, own, nth_word(word, place + 1)))
-
-    def take_off() -> None:
-        for one in undo:
-            one()
-
-    return take_off
+    with ExitStack() as undo:
+        for place in range(subjects):
+            own = {key: tensor.chunk(subjects)[place] for key, tensor in words.items()}
+            undo.callback(wear_words(wearer, own, nth_word(word, place + 1)))
+        return undo.pop_all().close
 
 
 def projections(unet: nn.Module) -> dict[str, Any]:

@@ -7,6 +7,7 @@ kept aside while any is worn, and put back, every bit of them, with the last.
 """
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -86,20 +87,25 @@ def wear_deltas(wearer: Wearer, tensors: Mapping[str, torch.Tensor], scale: floa
         for key, delta in tensors.items()
         if key.startswith(PREFIX)
     }
-    me = object()
-    for parameter, delta in changes.items():
-        if parameter not in _worn:
-            _worn[parameter] = _Worn(parameter)
-        worn = _worn[parameter]
-        worn.added[me] = delta.to(parameter.device, torch.float32) * scale
-        worn.apply(parameter)
+    with ExitStack() as undo:
+        for parameter, delta in changes.items():
+            undo.callback(_add(parameter, scale * delta.to(parameter.device, torch.float32)))
+        return undo.pop_all().close
+
+
+def _add(parameter: nn.Parameter, change: torch.Tensor) -> TakeOff:
+    if parameter not in _worn:
+        _worn[parameter] = _Worn(parameter)
+    worn, me = _worn[parameter], object()
 
     def take_off() -> None:
-        for parameter in changes:
-            worn = _worn[parameter]
-            del worn.added[me]
-            worn.apply(parameter)
-            if not worn.added:
-                del _worn[parameter]
+        del worn.added[me]
+        worn.apply(parameter)
+        if not worn.added:
+            del _worn[parameter]
 
-    return take_off
+    with ExitStack() as undo:
+        worn.added[me] = change
+        undo.callback(take_off)
+        worn.apply(parameter)
+        return undo.pop_all().close

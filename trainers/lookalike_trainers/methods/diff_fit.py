@@ -9,6 +9,7 @@ last layer, W and b, and so folds into it: gamma * (W x + b) = (gamma W) x + gam
 thousandth of the weights; the file holds gamma and not gamma W, about a megabyte for SD 1.5.
 """
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -118,14 +119,10 @@ def wear(wearer: Wearer, file: Path, scale: float, word: str) -> TakeOff:
 
     tensors = load_file(file)
     folded = fold(tensors, BaseParts(wearer.folder, wearer.unet.device))
-    without_word = wear_words(wearer, tensors, word)
-    without_deltas = wear_deltas(wearer, tensors | folded, scale)
-
-    def take_off() -> None:
-        without_deltas()
-        without_word()
-
-    return take_off
+    with ExitStack() as undo:
+        undo.callback(wear_words(wearer, tensors, word))
+        undo.callback(wear_deltas(wearer, tensors | folded, scale))
+        return undo.pop_all().close
 
 
 def fold(tensors: dict[str, torch.Tensor], base: BaseParts) -> dict[str, torch.Tensor]:

@@ -18,6 +18,7 @@ A being a token's cross-attention (`attention_maps.py`).
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -125,17 +126,12 @@ def wear(wearer: Wearer, file: Path, scale: float, word: str) -> TakeOff:
     Raises InvalidRequest if the base has another number of cross-attention layers.
     """
     adapter = rows(wearer, file)
-    without_text = adapter.wear_text(wearer, adapter.text, scale, word)
-    without_layers = take_own_text(wearer.unet)
     products = {f"unet.{name}": product for name, product in adapter.products.items()}
-    without_products = wear_products(wearer, products, scale)
-
-    def take_off() -> None:
-        without_products()
-        without_layers()
-        without_text()
-
-    return take_off
+    with ExitStack() as undo:
+        undo.callback(adapter.wear_text(wearer, adapter.text, scale, word))
+        undo.callback(take_own_text(wearer.unet))
+        undo.callback(wear_products(wearer, products, scale))
+        return undo.pop_all().close
 
 
 def rows(wearer: Wearer, file: Path) -> RowAdapter:
@@ -161,32 +157,24 @@ def rows(wearer: Wearer, file: Path) -> RowAdapter:
 def _wear_text(
     wearer: Wearer, text: Mapping[str, torch.Tensor], scale: float, word: str, layers: int
 ) -> TakeOff:
-    without_word = wear_words(wearer, text, word, layers)
-    without_layers = read_by_layer(wearer.text_encoders, layers)
-    without_products = wear_products(wearer, loaded_products(text), scale)
-
-    def take_off() -> None:
-        without_products()
-        without_layers()
-        without_word()
-
-    return take_off
+    with ExitStack() as undo:
+        undo.callback(wear_words(wearer, text, word, layers))
+        undo.callback(read_by_layer(wearer.text_encoders, layers))
+        undo.callback(wear_products(wearer, loaded_products(text), scale))
+        return undo.pop_all().close
 
 
 def read_by_layer(encoders: Sequence[Any], layers: int) -> TakeOff:
     """Let encoders read each prompt once for each of the UNet's cross-attention layers."""
-    for encoder in encoders:
-        _repeat(encoder, layers)
-
-    def take_off() -> None:
+    with ExitStack() as undo:
         for encoder in encoders:
-            _repeat_no_more(encoder)
+            _repeat(encoder, layers)
+            undo.callback(_repeat_no_more, encoder)
+        return undo.pop_all().close
 
-    return take_off
 
-
-_repeating: WeakKeyDictionary[nn.Module, tuple[int, list[Any]]] = WeakKeyDictionary()
-"""Encoders that read by layer: for how many adapters, and the hooks, which serve all of them."""
+_repeating: WeakKeyDictionary[nn.Module, tuple[int, TakeOff]] = WeakKeyDictionary()
+"""Encoders that read by layer: for how many adapters, and what ends it, as one serves them all."""
 
 
 def _repeat(encoder: nn.Module, layers: int) -> None:
@@ -204,19 +192,22 @@ def _repeat(encoder: nn.Module, layers: int) -> None:
         each = value.unflatten(0, (-1, layers))
         return each if value.dim() == 3 else each.mean(1)
 
-    count, hooks = _repeating.get(encoder, (0, []))
-    if not hooks:
-        hooks = [encoder.register_forward_pre_hook(before), encoder.register_forward_hook(after)]
-    _repeating[encoder] = (count + 1, hooks)
+    if encoder in _repeating:
+        count, end = _repeating[encoder]
+        _repeating[encoder] = (count + 1, end)
+        return
+    with ExitStack() as undo:
+        undo.callback(encoder.register_forward_pre_hook(before).remove)
+        undo.callback(encoder.register_forward_hook(after).remove)
+        _repeating[encoder] = (1, undo.pop_all().close)
 
 
 def _repeat_no_more(encoder: nn.Module) -> None:
-    count, hooks = _repeating.pop(encoder)
+    count, end = _repeating.pop(encoder)
     if count > 1:
-        _repeating[encoder] = (count - 1, hooks)
-        return
-    for hook in hooks:
-        hook.remove()
+        _repeating[encoder] = (count - 1, end)
+    else:
+        end()
 
 
 def _learn(encoder: Any, tokenizer: Any, config: EdLoraConfig, layers: int) -> TokenRows:

@@ -13,6 +13,7 @@ github.com/cloneofsimo/lora), trained together.
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -144,14 +145,10 @@ def _put_on(
     scale: float,
     word: str,
 ) -> TakeOff:
-    without_word = wear_words(wearer, words, word)
-    without_products = wear_products(wearer, products, scale)
-
-    def take_off() -> None:
-        without_products()
-        without_word()
-
-    return take_off
+    with ExitStack() as undo:
+        undo.callback(wear_words(wearer, words, word))
+        undo.callback(wear_products(wearer, products, scale))
+        return undo.pop_all().close
 
 
 def shape(config: LoraConfig, model: nn.Module, targets: tuple[str, ...]) -> LoraShape:

@@ -17,6 +17,7 @@ concepts add up their terms.
 """
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -185,29 +186,20 @@ def wear(wearer: Wearer, file: Path, scale: float, word: str) -> TakeOff:
     Raises InvalidRequest if the file's answers do not belong to layers of this base.
     """
     adapter = rows(wearer, file).to(wearer.unet.device, wearer.unet.dtype)
-    without_word = adapter.wear_text(wearer, adapter.text, scale, word)
-    without_gates = wear_gates(wearer, adapter.answers, scale)
-
-    def take_off() -> None:
-        without_gates()
-        without_word()
-
-    return take_off
+    with ExitStack() as undo:
+        undo.callback(adapter.wear_text(wearer, adapter.text, scale, word))
+        undo.callback(wear_gates(wearer, adapter.answers, scale))
+        return undo.pop_all().close
 
 
 def wear_gates(wearer: Wearer, gates: Mapping[str, Answer], scale: float) -> TakeOff:
     """The edit alone, by the names of layers; its tensors are where the UNet is."""
     layers = projections(wearer.unet)
-    hooks = [
-        layers[name].register_forward_hook(partial(_answer_worn, scale=scale, answer=gate))
-        for name, gate in gates.items()
-    ]
-
-    def take_off() -> None:
-        for hook in hooks:
-            hook.remove()
-
-    return take_off
+    with ExitStack() as undo:
+        for name, gate in gates.items():
+            hook = partial(_answer_worn, scale=scale, answer=gate)
+            undo.callback(layers[name].register_forward_hook(hook).remove)
+        return undo.pop_all().close
 
 
 @dataclass(frozen=True)

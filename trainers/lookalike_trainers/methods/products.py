@@ -7,6 +7,7 @@ add up, whatever else is worn, and come off in any order without a trace.
 """
 
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -39,16 +40,12 @@ def wear_products(
         for part, model in parts_of(wearer).items()
         for name, layer in own_layers(model).items()
     }
-    handles = [
-        layers[name].register_forward_hook(_hook(layers[name], product, scale, mask))
-        for name, product in products.items()
-    ]
-
-    def take_off() -> None:
-        for handle in handles:
-            handle.remove()
-
-    return take_off
+    with ExitStack() as undo:
+        for name, product in products.items():
+            layer = layers[name]
+            handle = layer.register_forward_hook(_hook(layer, product, scale, mask))
+            undo.callback(handle.remove)
+        return undo.pop_all().close
 
 
 def own_layers(model: nn.Module) -> dict[str, Any]:

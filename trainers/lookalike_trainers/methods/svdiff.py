@@ -12,6 +12,7 @@ float32, 4 in bf16; with gradient checkpointing W' goes again at once.
 """
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -99,14 +100,10 @@ def wear(wearer: Wearer, file: Path, scale: float, word: str) -> TakeOff:
     tensors = load_file(file)
     base = BaseParts(wearer.folder, wearer.unet.device)
     changes = changed(tensors, scale, base, wearer.cache)
-    without_word = wear_words(wearer, tensors, word)
-    without_changes = deltas.wear_deltas(wearer, changes, 1.0)
-
-    def take_off() -> None:
-        without_changes()
-        without_word()
-
-    return take_off
+    with ExitStack() as undo:
+        undo.callback(wear_words(wearer, tensors, word))
+        undo.callback(deltas.wear_deltas(wearer, changes, 1.0))
+        return undo.pop_all().close
 
 
 def changed(

@@ -11,6 +11,7 @@ are subtracted, so that training begins at W.
 It is for the very few photos, one even; r_min = r / 2 in the paper.
 """
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -158,16 +159,12 @@ def wear(wearer: Wearer, file: Path, scale: float, word: str) -> TakeOff:
 
     tensors = load_file(file)
     mask = RankMask(**adapter_info(read_header(file), file.name).config)
-    watching = wearer.unet.register_forward_pre_hook(mask.see, with_kwargs=True)
-    without_word = wear_words(wearer, tensors, word)
-    without_products = wear_products(wearer, loaded_products(tensors), scale, mask)
-
-    def take_off() -> None:
-        without_products()
-        without_word()
-        watching.remove()
-
-    return take_off
+    with ExitStack() as undo:
+        watching = wearer.unet.register_forward_pre_hook(mask.see, with_kwargs=True)
+        undo.callback(watching.remove)
+        undo.callback(wear_words(wearer, tensors, word))
+        undo.callback(wear_products(wearer, loaded_products(tensors), scale, mask))
+        return undo.pop_all().close
 
 
 def rows(wearer: Wearer, file: Path) -> RowAdapter:

@@ -4,6 +4,7 @@ Text features are [n, L, tokens, width] then (P+, Voynov et al. 2023), and pass 
 they are: each cross-attention layer takes its own.
 """
 
+from contextlib import ExitStack
 from typing import Any
 
 from torch import nn
@@ -19,16 +20,11 @@ def cross_attention(unet: nn.Module) -> list[Any]:
 
 def take_own_text(unet: nn.Module) -> TakeOff:
     """Let each cross-attention layer take its own of text features by layer, and all of others."""
-    handles = [
-        layer.register_forward_pre_hook(_takes(place), with_kwargs=True)
-        for place, layer in enumerate(cross_attention(unet))
-    ]
-
-    def take_off() -> None:
-        for handle in handles:
-            handle.remove()
-
-    return take_off
+    with ExitStack() as undo:
+        for place, layer in enumerate(cross_attention(unet)):
+            handle = layer.register_forward_pre_hook(_takes(place), with_kwargs=True)
+            undo.callback(handle.remove)
+        return undo.pop_all().close
 
 
 def _takes(place: int) -> Any:

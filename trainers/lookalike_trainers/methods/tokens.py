@@ -10,6 +10,7 @@ fixed): nothing is to be done between steps, so shares and checkpoints stay exac
 
 import itertools
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -159,26 +160,26 @@ def wear_words(
         raise InvalidRequest(f"The adapter has learned words, but none for {missing[0]}.")
     own = [tensor for tensor in rows.values() if tensor is not None]
     names = _free_names(wearer, len(own[0]) // layers)
-    wearer.learned[word] = names
-    added = []
-    for tensor, tokenizer, encoder in zip(
-        own, wearer.tokenizers, wearer.text_encoders, strict=True
-    ):
-        tokenizer.add_tokens(names)
-        first = tokenizer.convert_tokens_to_ids(names[0])
-        layer = add_rows(encoder, tensor.to(encoder.device), first, layers=layers)
-        added.append((encoder, layer.requires_grad_(False)))
+    with ExitStack() as undo:
+        wearer.learned[word] = names
+        undo.callback(wearer.learned.pop, word)
+        for tensor, tokenizer, encoder in zip(
+            own, wearer.tokenizers, wearer.text_encoders, strict=True
+        ):
+            tokenizer.add_tokens(names)
+            first = tokenizer.convert_tokens_to_ids(names[0])
+            layer = add_rows(encoder, tensor.to(encoder.device), first, layers=layers)
+            undo.callback(_remove, encoder, layer.requires_grad_(False))
+        return undo.pop_all().close
 
-    def take_off() -> None:
-        del wearer.learned[word]
-        for encoder, layer in added:
-            owner: Any = embeddings(encoder)
-            if owner.token_embedding is layer:
-                owner.token_embedding = layer.table
-                continue
-            above = owner.token_embedding
-            while above.table is not layer:
-                above = above.table
-            above.table = layer.table
 
-    return take_off
+def _remove(encoder: Any, layer: TokenRows) -> None:
+    """Take rows away from an encoder, whatever lies over them."""
+    owner: Any = embeddings(encoder)
+    if owner.token_embedding is layer:
+        owner.token_embedding = layer.table
+        return
+    above = owner.token_embedding
+    while above.table is not layer:
+        above = above.table
+    above.table = layer.table
