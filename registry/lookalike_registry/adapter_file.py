@@ -305,14 +305,19 @@ def _metadata(card: LoraCard, tensors_sha256: str) -> dict[str, str]:
     }
 
 
+TABLE = "_embedding"
+"""How the names of tables end, which are looked up and multiply nothing: no product acts there."""
+
+
 def base_shapes(base_folder: Path) -> dict[str, tuple[int, ...]]:
-    """Weight shapes of the base by `<part>.<module>`."""
+    """Weight shapes of the base by `<part>.<module>`, without tables of rows."""
     shapes: dict[str, tuple[int, ...]] = {}
     for part in PARTS:
         for file in sorted((base_folder / part).glob("*.safetensors")):
             for key, tensor in read_header(file).tensors.items():
                 module = key.removeprefix("text_model.").removesuffix(".weight")
-                shapes[f"{part}.{module}"] = tensor.shape
+                if not module.endswith(TABLE):
+                    shapes[f"{part}.{module}"] = tensor.shape
     if not shapes:
         raise InvalidRequest(f"{base_folder.name} holds no safetensors weights to check against.")
     return shapes

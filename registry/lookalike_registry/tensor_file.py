@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from lookalike_platform.errors import FieldProblem, InvalidRequest
 from lookalike_platform.files import atomic_write
-from lookalike_registry.adapter_file import ARCHITECTURES, DTYPES, PARTS
+from lookalike_registry.adapter_file import ARCHITECTURES, DTYPES, PARTS, TABLE
 from lookalike_registry.refusals import refuse_misfits, refuse_what_is_not_finite
 from lookalike_registry.safetensors_header import Header, Tensor, read_header, with_metadata
 
@@ -158,7 +158,7 @@ def _lora_misfit(
     other = header.tensors.get(f"lora.{module}.{'up' if side == 'down' else 'down'}")
     if side not in ("up", "down", "magnitude") or other is None:
         return "has only one half of its pair"
-    if shape is None:
+    if shape is None or module.endswith(TABLE):
         return "is no layer of the base model"
     if side == "magnitude":
         return _differs(tensor, shape[:1] if len(shape) == 2 else (1, shape[0], 1, 1))

@@ -18,6 +18,7 @@ from typing import Any
 from lookalike_platform.errors import LookalikeError
 from lookalike_platform.files import atomic_write, sha256_file
 from lookalike_platform.process import die_with_parent
+from lookalike_registry.check import check_file
 from lookalike_trainers.catalog import METHODS
 from lookalike_trainers.config import TrainingConfig
 from lookalike_trainers.run_request import RunRequest
@@ -118,6 +119,7 @@ def _save_adapter(method: Any, request: RunRequest, config: TrainingConfig, resu
         prediction_type=request.prediction_type,
     )
     path: Path = method.save(result, card)
+    check_file(path, request.base_folder)
     return path
 
 

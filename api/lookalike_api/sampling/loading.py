@@ -17,9 +17,9 @@ from lookalike_api.sampling.cache import Cache, Kept
 from lookalike_api.sampling.messages import AdapterFile
 from lookalike_platform.errors import InvalidRequest
 from lookalike_platform.files import sha256_file
-from lookalike_registry.adapter_file import check_against_base
+from lookalike_registry.check import check_file
 from lookalike_registry.safetensors_header import ITEM_BYTES, read_header
-from lookalike_registry.tensor_file import METHOD_KEY, check_tensors
+from lookalike_registry.tensor_file import METHOD_KEY
 from lookalike_trainers.methods.find import rows_of
 from lookalike_trainers.methods.row_adapter import RowAdapter
 
@@ -97,8 +97,7 @@ def check(adapter: AdapterFile, base_folder: Path) -> None:
     def look() -> None:
         if sha256_file(adapter.path) != adapter.digest:
             raise InvalidRequest("The file is damaged: it is not what was registered.")
-        ours = METHOD_KEY in read_header(adapter.path).metadata
-        (check_tensors if ours else check_against_base)(adapter.path, base_folder)
+        check_file(adapter.path, base_folder)
 
     _named(adapter, look)
 

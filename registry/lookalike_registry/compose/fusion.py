@@ -1,13 +1,17 @@
-"""Fusion of several concepts' weights in one linear layer by ridge least squares. Torch.
+"""Fusion of several concepts' LoRAs in one layer by ridge least squares. Torch.
 
 Mix-of-Show (Gu et al. 2023, arXiv 2305.18292), "gradient fusion": find the W that answers each
-concept i's inputs X_i as that concept's own weights W_i do,
+concept i's inputs X_i as that concept's own weights W_i = W0 + B_i A_i do,
 
     minimise  sum_i ||W X_i - W_i X_i||² + ridge ||W - W0||²
-    W = W0 + (sum_i (W_i - W0) G_i) (sum_i G_i + ridge I)^-1,   G_i = X_i X_i^T
+    W = W0 + (sum_i B_i A_i G_i) (G + ridge I)^-1,   G_i = X_i X_i^T,   G = sum_i G_i
 
-The published code descends by L-BFGS; the minimum is this formula. Of the inputs only the sums G_i
-are kept, so that they may stream by.
+The published code descends by L-BFGS; the minimum is this formula, and a product again:
+
+    B = [B_1 B_2 …],   A = [A_1 G_1; A_2 G_2; …] (G + ridge I)^-1
+
+Only G [in, in] and the A_i G_i [r_i, in] are kept, so that inputs may stream by, and nothing is
+multiplied out.
 """
 
 from collections.abc import Sequence
@@ -15,24 +19,45 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lookalike_registry.compose.low_rank import LowRank
+
 RIDGE = 1e-6  # of the inputs' mean square; what no concept ever sent in stays as in W0
 
 
-def gram(inputs: Tensor) -> Tensor:
-    """G [in, in] float64 of inputs [..., in]; add up those of several batches."""
-    rows = inputs.double().flatten(0, -2)
-    return rows.T @ rows
+class Fusion:
+    """One layer's merge: `observe` every concept, then `merged`."""
 
+    def __init__(self, pairs: Sequence[LowRank]) -> None:
+        """`pairs`: each concept's up [out, r_i] and down [r_i, in…] in this layer."""
+        self._pairs = pairs
+        self._shape = pairs[0].down.shape[1:]
+        width = self._shape.numel()
+        self._gram = torch.zeros(width, width, dtype=torch.float64)  # G
+        self._asked = [
+            torch.zeros(len(pair.down), width, dtype=torch.float64) for pair in pairs
+        ]  # A_i G_i
+        self._unheard = set(range(len(pairs)))
 
-def fuse(base: Tensor, tuned: Sequence[Tensor], grams: Sequence[Tensor]) -> Tensor:
-    """W [out, in] in the dtype of `base`, from W0, each concept's W_i [out, in] and G_i [in, in].
+    def observe(self, concept: int, inputs: Tensor) -> None:
+        """Meet the layer's inputs [..., in] from a run with only this concept's LoRA loaded.
 
-    Raises ValueError where the numbers of weights and Grams differ.
-    """
-    before = base.double()
-    asked = torch.zeros_like(before)
-    for weight, seen in zip(tuned, grams, strict=True):
-        asked += (weight.double() - before) @ seen
-    total = torch.stack(list(grams)).sum(0)
-    total.diagonal().add_(RIDGE * total.diagonal().mean())
-    return (before + torch.linalg.solve(total, asked, left=False)).to(base.dtype)
+        For a convolution, the patches under its kernel, [..., in * k * k].
+        """
+        rows = inputs.double().flatten(0, -2)  # X_i^T
+        self._gram.addmm_(rows.T, rows)
+        down = self._pairs[concept].down.double().flatten(1)
+        self._asked[concept] += (down @ rows.T) @ rows
+        self._unheard.discard(concept)
+
+    def merged(self) -> LowRank:
+        """The one LoRA for all concepts; its rank is the sum of theirs.
+
+        Raises ValueError when a concept was never observed: its outputs would count for nothing.
+        """
+        if self._unheard:
+            raise ValueError(f"concepts {sorted(self._unheard)} were not observed")
+        total = self._gram.clone()
+        total.diagonal().add_(RIDGE * total.diagonal().mean())
+        down = torch.linalg.solve(total, torch.cat(self._asked), left=False)
+        up = torch.cat([pair.up for pair in self._pairs], dim=1)
+        return LowRank(up, down.to(up.dtype).unflatten(1, self._shape))

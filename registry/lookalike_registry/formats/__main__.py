@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from lookalike_platform.errors import CapabilityMissing, InvalidRequest
-from lookalike_registry.adapter_file import LoraCard, check_against_base
+from lookalike_registry.adapter_file import LoraCard
+from lookalike_registry.check import check_file
 from lookalike_registry.formats.export import export
 from lookalike_registry.formats.load import load, save
 from lookalike_registry.formats.process import PROBLEM
-from lookalike_registry.tensor_file import check_tensors
 
 
 def main() -> int:
@@ -37,7 +37,7 @@ def _import(order: dict[str, Any]) -> dict[str, Any]:
     loaded = load([Path(file) for file in order["files"]], base)
     noun = about.pop("class_noun")
     path = save(loaded, folder, LoraCard(**about, shapes={}), noun)
-    (check_against_base if loaded.products else check_tensors)(path, base)
+    check_file(path, base)
     return {"method": loaded.method, "file": path.name}
 
 

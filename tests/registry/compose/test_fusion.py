@@ -5,36 +5,50 @@ import pytest
 import torch
 from torch import Tensor
 
-from lookalike_registry.compose.fusion import RIDGE, fuse, gram
+from lookalike_registry.compose.fusion import RIDGE, Fusion
+from lookalike_registry.compose.low_rank import LowRank
 
-OUT, WIDTH = 6, 10
+OUT, WIDTH, RANK = 6, 10, 3
 
 
-def concepts(count: int, tokens: int = 30) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """W0, each concept's weights and its inputs [tokens, in], float64."""
+def concepts(count: int, tokens: int = 30) -> tuple[Tensor, list[LowRank], list[Tensor]]:
+    """W0, each concept's LoRA and its inputs [tokens, in], float64."""
     torch.manual_seed(0)
     base = torch.randn(OUT, WIDTH, dtype=torch.float64)
-    tuned = [base + 0.3 * torch.randn_like(base) for _ in range(count)]
+    sizes = [(OUT, RANK), (RANK, WIDTH)]
+    pairs = [
+        LowRank(*(0.5 * torch.randn(size, dtype=torch.float64) for size in sizes))
+        for _ in range(count)
+    ]
     inputs = [torch.randn(tokens, WIDTH, dtype=torch.float64) for _ in range(count)]
-    return base, tuned, inputs
+    return base, pairs, inputs
+
+
+def fused(pairs: list[LowRank], inputs: list[Tensor]) -> LowRank:
+    fusion = Fusion(pairs)
+    for place, seen in enumerate(inputs):
+        fusion.observe(place, seen)
+    return fusion.merged()
 
 
 @pytest.mark.parametrize("tokens", [30, 2])
 def test_fusion_is_the_ridge_regression_of_all_concepts_outputs(tokens: int) -> None:
-    base, tuned, inputs = concepts(3, tokens)
+    base, pairs, inputs = concepts(3, tokens)
     rows = torch.cat(inputs).numpy()
-    pairs = zip(tuned, inputs, strict=True)
-    outputs = torch.cat([seen @ weight.T for weight, seen in pairs]).numpy()
+    tuned = [base + pair.dense() for pair in pairs]
+    outputs = torch.cat([x @ w.T for w, x in zip(tuned, inputs, strict=True)]).numpy()
     ridge = np.sqrt(RIDGE * (rows**2).sum() / WIDTH)
     rows = np.vstack([rows, ridge * np.eye(WIDTH)])
     outputs = np.vstack([outputs, ridge * base.numpy().T])
     expected = np.linalg.lstsq(rows, outputs)[0].T
-    found = fuse(base, tuned, [gram(seen) for seen in inputs])
-    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-8, atol=1e-8)
+    found = fused(pairs, inputs)
+    assert len(found.down) == 3 * RANK
+    np.testing.assert_allclose((base + found.dense()).numpy(), expected, rtol=1e-8, atol=1e-8)
 
 
 def test_the_published_descent_ends_where_the_formula_does() -> None:
-    base, tuned, inputs = concepts(3)
+    base, pairs, inputs = concepts(3)
+    tuned = [base + pair.dense() for pair in pairs]
     weight = base.clone().requires_grad_()
     descent = torch.optim.LBFGS([weight], max_iter=200, line_search_fn="strong_wolfe")
 
@@ -46,26 +60,40 @@ def test_the_published_descent_ends_where_the_formula_does() -> None:
         return total
 
     descent.step(loss)
-    found = fuse(base, tuned, [gram(seen) for seen in inputs])
+    found = base + fused(pairs, inputs).dense()
     torch.testing.assert_close(found, weight.detach(), rtol=1e-4, atol=1e-4)
 
 
 def test_inputs_may_stream_by_in_parts() -> None:
-    _, _, [inputs] = concepts(1)
-    torch.testing.assert_close(gram(inputs[:13]) + gram(inputs[13:]), gram(inputs))
-    torch.testing.assert_close(gram(inputs.view(5, 6, WIDTH)), gram(inputs))
+    _, pairs, inputs = concepts(2)
+    parted = Fusion(pairs)
+    for place, seen in enumerate(inputs):
+        parted.observe(place, seen[:14])
+        parted.observe(place, seen[14:].view(4, 4, WIDTH))
+    torch.testing.assert_close(parted.merged().dense(), fused(pairs, inputs).dense())
+
+
+def test_of_a_convolution_the_patches_under_its_kernel_are_the_inputs() -> None:
+    torch.manual_seed(1)
+    pairs = [LowRank(torch.randn(OUT, RANK), torch.randn(RANK, 2, 2, 2)) for _ in range(2)]
+    flat = [LowRank(pair.up, pair.down.flatten(1)) for pair in pairs]
+    inputs = [torch.randn(30, 8) for _ in range(2)]
+    found = fused(pairs, inputs)
+    assert found.down.shape[1:] == (2, 2, 2)
+    torch.testing.assert_close(found.dense().flatten(1), fused(flat, inputs).dense())
 
 
 def test_concepts_that_never_meet_keep_their_outputs_and_the_rest_stays() -> None:
-    base, tuned, _ = concepts(2)
+    base, pairs, _ = concepts(2)
     basis = torch.linalg.qr(torch.randn(WIDTH, WIDTH, dtype=torch.float64))[0].T
     inputs = [basis[:3], basis[3:6]]
-    found = fuse(base, tuned, [gram(seen) for seen in inputs])
+    found = base + fused(pairs, inputs).dense()
+    tuned = [base + pair.dense() for pair in pairs]
     for seen, weight in [*zip(inputs, tuned, strict=True), (basis[6:], base)]:
         torch.testing.assert_close(seen @ found.T, seen @ weight.T, rtol=1e-5, atol=1e-5)
 
 
 def test_a_concept_without_inputs_is_refused() -> None:
-    base, tuned, inputs = concepts(2)
-    with pytest.raises(ValueError, match="zip"):
-        fuse(base, tuned, [gram(inputs[0])])
+    _, pairs, inputs = concepts(2)
+    with pytest.raises(ValueError, match=r"\[1\] were not observed"):
+        fused(pairs, inputs[:1])

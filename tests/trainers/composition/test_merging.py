@@ -8,16 +8,16 @@ from typing import Any
 import pytest
 import torch
 
-from lookalike_registry.adapter_file import WEIGHTS_NAME, check_against_base
+from lookalike_registry.adapter_file import WEIGHTS_NAME
+from lookalike_registry.check import check_file
 from lookalike_registry.compose import rules
 from lookalike_registry.compose.dare import dare_linear
-from lookalike_registry.compose.fusion import fuse, gram
+from lookalike_registry.compose.fusion import RIDGE
 from lookalike_registry.compose.low_rank import LowRank, compress
 from lookalike_registry.compose.routing import Router
 from lookalike_registry.compose.ties import ties
 from lookalike_registry.manifest import SubjectRecord
 from lookalike_registry.products import read_lora
-from lookalike_registry.tensor_file import check_tensors
 from lookalike_trainers.base_parts import BaseParts
 from lookalike_trainers.composition import merging, words
 from lookalike_trainers.composition.merging import merge
@@ -28,7 +28,7 @@ from lookalike_trainers.composition.request import (
     ParentFile,
 )
 from lookalike_trainers.methods.composition import Change, load, save
-from support_methods import CARD, CPU
+from support_methods import CARD, CPU, trained
 from support_models import RESOLUTION, save_base
 from support_pairs import Adapter, answers, trained_adapter, wearing
 
@@ -77,10 +77,9 @@ def merged(request: CompositionRequest) -> Change:
 def saved(request: CompositionRequest, folder: Path) -> Adapter:
     """The merged file, at scale 1, whose subjects answer to kim and kim-2."""
     file = save(merged(request), folder, CARD)
+    check_file(file, request.base_folder)
     if file.name == WEIGHTS_NAME:
-        check_against_base(file, request.base_folder)
         return ("lora", file, 1.0, "kim")
-    check_tensors(file, request.base_folder)
     return (rules.COMPOSITION, file, 1.0, "kim")
 
 
@@ -182,6 +181,30 @@ def test_changes_without_a_rank_stay_dense_unless_one_is_asked_for(
     assert {len(short.products[name].down) for name in keys} == {2}
 
 
+@pytest.mark.parametrize("strategy", ["svd", "ties", "dare_linear"])
+def test_what_is_no_layer_stays_dense_whatever_rank_is_asked_for(
+    base: Path, adapter: Maker, tmp_path: Path, strategy: str
+) -> None:
+    """DreamBooth with its text encoder changes norms, biases, and the tables of words and places:
+    the merge is worn, and adds to each of them what the dense changes give."""
+    method, _ = trained(base, "dreambooth", train_text_encoder=True)
+    whole = ("dreambooth", method.save(tmp_path, CARD), 1.0, "zwx")
+    request = asked(base, strategy, [adapter("lora", 0), whole], rank=2, density=1.0)
+    made = merged(request)
+    tables = {name for name in made.deltas if name.endswith("_embedding.weight")}
+    assert {name.split(".")[-2] for name in tables} == {"token_embedding", "position_embedding"}
+    assert made.products
+    kept = tmp_path / "kept"
+    kept.mkdir()
+    parts = BaseParts(base, CPU)
+    before = {name: w.clone() for name, w in weights_of(parts).items() if name in made.deltas}
+    change = read(request.parents[1], parts).deltas
+    with wearing(parts, saved(request, kept)):
+        for name, weight in before.items():
+            found = weights_of(parts)[name] - weight
+            torch.testing.assert_close(found, change[name], rtol=1e-3, atol=1e-5)
+
+
 class Heard:
     """Inputs for layers, drawn instead of observed: the same for the merge and the formula."""
 
@@ -206,7 +229,7 @@ def test_ssr_and_fusion_are_theirs_in_every_layer(
 ) -> None:
     parents = [adapter("lora", 0), adapter("lora", 1)]
     one, other = pairs_of(parents)
-    heard, weights = Heard(base), weights_of(BaseParts(base, CPU))
+    heard = Heard(base)
     request = asked(base, "ssr", parents)
     monkeypatch.setattr(
         merging,
@@ -224,11 +247,15 @@ def test_ssr_and_fusion_are_theirs_in_every_layer(
             router.observe(place, heard.inputs(place, name))
         torch.testing.assert_close(routed[name].dense(), router.merged().dense())
 
-        weight = weights[f"{name}.weight"]
-        grams = [gram(heard.inputs(place, name)) for place in (0, 1)]
-        tuned = [weight + pair[name].dense() for pair in (one, other)]
-        expected = fuse(weight, tuned, grams) - weight
-        torch.testing.assert_close(fused[name].dense(), expected, rtol=1e-3, atol=1e-5)
+        seen = [heard.inputs(place, name).double().flatten(0, 1) for place in (0, 1)]
+        grams = [rows.T @ rows for rows in seen]
+        changes = [pair[name].dense().double().flatten(1) for pair in (one, other)]
+        whole = sum(grams)
+        ridge = RIDGE * whole.diagonal().mean() * torch.eye(len(whole), dtype=torch.float64)
+        wanted = sum(change @ own for change, own in zip(changes, grams, strict=True))
+        expected = wanted @ torch.linalg.inv(whole + ridge)
+        found = fused[name].dense().double().flatten(1)
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
 
 
 def test_a_parent_without_a_layer_gets_nothing_from_the_other_there(

@@ -116,7 +116,7 @@ def test_a_failing_wear_leaves_every_parameter_and_hook_as_it_was(
 ) -> None:
     method, file, scale, word = adapter(kind)
     parts = BaseParts(base, CPU)
-    with monkeypatch.context() as patch, wearing(parts, adapter("pivotal")[:3] + ("other",)):
+    with monkeypatch.context() as patch, wearing(parts, (*adapter("pivotal")[:3], "other")):
         before = state(parts)
         seen = breaking(patch, None)
         take_off = wear_of(method)(parts, file, scale, word)

@@ -5,15 +5,16 @@ them, and what the base hears (observing.py) or reads (words.py).
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from lookalike_registry.compose.closed_form import ConceptWords
 from lookalike_registry.compose.dare import dare_linear
-from lookalike_registry.compose.fusion import fuse, gram
+from lookalike_registry.compose.fusion import Fusion
 from lookalike_registry.compose.low_rank import LowRank, compress, shorten
 from lookalike_registry.compose.routing import Router
 from lookalike_registry.compose.ties import ties
@@ -24,7 +25,9 @@ from lookalike_trainers.composition.observing import observe
 from lookalike_trainers.composition.parents import read, weights_of
 from lookalike_trainers.composition.request import CompositionRequest
 from lookalike_trainers.methods.composition import Change
+from lookalike_trainers.methods.products import layers_of
 
+Item = TypeVar("Item")
 OnStep = Callable[[int, int], None]
 """Called with how many of how many steps are done; may raise to stop."""
 
@@ -34,27 +37,42 @@ def merge(request: CompositionRequest, base: BaseParts, on_step: OnStep) -> Chan
 
     Raises what `read` raises.
     """
-    parents = [read(parent, base) for parent in request.parents]
+    parents = []
+    for parent in request.parents:
+        on_step(0, 1)  # how much there is to do is known once they are read
+        parents.append(read(parent, base))
     match request.strategy:
         case "weighted_sum":
             merged = _sum(parents)
         case "svd":
-            merged = _by_layer(parents, request, _svd)
+            merged = _by_layer(parents, request, base, on_step, _svd)
         case "ties":
-            merged = _by_layer(parents, request, _ties)
+            merged = _by_layer(parents, request, base, on_step, _ties(request))
         case "dare_linear":
-            draws = torch.Generator().manual_seed(request.options.seed)
-            merged = _by_layer(parents, request, _dare(draws))
+            merged = _by_layer(parents, request, base, on_step, _dare(request))
         case "ssr":
-            merged = _route(parents, request, base, on_step)
+            merged = _heard(parents, request, base, on_step, Router)
         case "fusion":
-            merged = _fuse(parents, request, base, on_step)
+            merged = _heard(parents, request, base, on_step, Fusion)
         case "closed_form":
             merged = _bind_words(parents, request, base, on_step)
         case _:
             raise ValueError(f"there is no strategy {request.strategy}")
-    on_step(len(parents), len(parents))
     return replace(merged, subjects=[one for parent in parents for one in parent.subjects])
+
+
+class _Steps:
+    """Tells `on_step` of each of so many steps."""
+
+    def __init__(self, on_step: OnStep, total: int) -> None:
+        self.on_step, self.total, self.done = on_step, total, 0
+
+    def over(self, items: Iterable[Item]) -> Iterator[Item]:
+        """Each item, and a step when it is done with."""
+        for item in items:
+            yield item
+            self.done += 1
+            self.on_step(self.done, self.total)
 
 
 def _sum(parents: Sequence[Change]) -> Change:
@@ -65,23 +83,34 @@ def _sum(parents: Sequence[Change]) -> Change:
     return Change({n: weighted_sum(p, [1.0] * len(p)) for n, p in _pairs(parents).items()}, deltas)
 
 
-Layer = Callable[[list[LowRank], list[Tensor], CompositionRequest], LowRank | Tensor]
-"""Merges a layer's products and deltas."""
+Layer = Callable[[list[LowRank], list[Tensor], int | None], LowRank | Tensor]
+"""Merges a layer's products and deltas to a product of a rank; without one, to a delta."""
 
 
-def _by_layer(parents: Sequence[Change], request: CompositionRequest, layer: Layer) -> Change:
-    """In the order of the parents; one without a change in a layer has no say there."""
+def _by_layer(
+    parents: Sequence[Change],
+    request: CompositionRequest,
+    base: BaseParts,
+    on_step: OnStep,
+    layer: Layer,
+) -> Change:
+    """In the order of the parents; one without a change in a layer has no say there.
+
+    What is no layer of its own (norms, biases, the tables of words) has no product to be.
+    """
     products: dict[str, LowRank] = {}
     deltas: dict[str, Tensor] = {}
-    pairs = _pairs(parents)
+    pairs, layers = _pairs(parents), layers_of(base)
     dense: dict[str, list[Tensor]] = defaultdict(list)
     for parent in parents:
         for name, delta in parent.deltas.items():
             dense[name].append(delta)
-    for name in sorted({*dense, *(f"{module}.weight" for module in pairs)}):
+    names = sorted({*dense, *(f"{module}.weight" for module in pairs)})
+    for name in _Steps(on_step, len(names)).over(names):
         module = name.removesuffix(".weight")
         own = pairs.get(module, []) if name.endswith(".weight") else []
-        made = layer(own, dense[name], request)
+        factored = name.endswith(".weight") and module in layers
+        made = layer(own, dense[name], _rank(request, own, dense[name]) if factored else None)
         if isinstance(made, LowRank):
             products[module] = made
         else:
@@ -89,104 +118,88 @@ def _by_layer(parents: Sequence[Change], request: CompositionRequest, layer: Lay
     return Change(products, deltas)
 
 
-def _svd(
-    pairs: list[LowRank], dense: list[Tensor], request: CompositionRequest
-) -> LowRank | Tensor:
-    rank = request.options.rank or max((len(pair.down) for pair in pairs), default=0)
+def _rank(request: CompositionRequest, pairs: list[LowRank], dense: list[Tensor]) -> int | None:
+    """The one asked for; else the parents', none where the change of one of them has none."""
+    ranks = [len(pair.down) for pair in pairs]
+    if request.options.rank is not None:
+        return request.options.rank
+    if request.strategy == "svd":
+        return max(ranks, default=None)
+    return None if dense else sum(ranks)
+
+
+def _svd(pairs: list[LowRank], dense: list[Tensor], rank: int | None) -> LowRank | Tensor:
     if not dense:
         return shorten(weighted_sum(pairs, [1.0] * len(pairs)), rank=rank)
-    total = torch.stack([*(pair.dense() for pair in pairs), *dense]).sum(0)
-    return total if total.dim() < 2 else compress(total, rank=rank)
+    return _of_rank(torch.stack(_whole(pairs, dense)).sum(0), rank)
 
 
-def _ties(
-    pairs: list[LowRank], dense: list[Tensor], request: CompositionRequest
-) -> LowRank | Tensor:
-    changes = [*(pair.dense() for pair in pairs), *dense]
-    merged = ties(changes, [1.0] * len(changes), density=request.options.density)
-    return _of_rank(merged, pairs, dense, request)
-
-
-def _dare(draws: torch.Generator) -> Layer:
-    def layer(
-        pairs: list[LowRank], dense: list[Tensor], request: CompositionRequest
-    ) -> LowRank | Tensor:
-        changes = [*(pair.dense() for pair in pairs), *dense]
-        density = request.options.density
-        merged = dare_linear(changes, [1.0] * len(changes), density=density, draws=draws)
-        return _of_rank(merged, pairs, dense, request)
+def _ties(request: CompositionRequest) -> Layer:
+    def layer(pairs: list[LowRank], dense: list[Tensor], rank: int | None) -> LowRank | Tensor:
+        changes, density = _whole(pairs, dense), request.options.density
+        return _of_rank(ties(changes, [1.0] * len(changes), density=density), rank)
 
     return layer
 
 
-def _of_rank(
-    merged: Tensor, pairs: list[LowRank], dense: list[Tensor], request: CompositionRequest
-) -> LowRank | Tensor:
-    """As it is where a parent's change had no rank, unless one is asked for."""
-    rank = request.options.rank
-    if merged.dim() < 2 or (dense and rank is None):
-        return merged
-    return compress(merged, rank=rank or sum(len(pair.down) for pair in pairs))
+def _dare(request: CompositionRequest) -> Layer:
+    draws = torch.Generator().manual_seed(request.options.seed)
+
+    def layer(pairs: list[LowRank], dense: list[Tensor], rank: int | None) -> LowRank | Tensor:
+        changes, density = _whole(pairs, dense), request.options.density
+        merged = dare_linear(changes, [1.0] * len(changes), density=density, draws=draws)
+        return _of_rank(merged, rank)
+
+    return layer
 
 
-def _route(
-    parents: Sequence[Change], request: CompositionRequest, base: BaseParts, on_step: OnStep
+def _whole(pairs: list[LowRank], dense: list[Tensor]) -> list[Tensor]:
+    return [*(pair.dense() for pair in pairs), *dense]
+
+
+def _of_rank(merged: Tensor, rank: int | None) -> LowRank | Tensor:
+    return merged if rank is None else compress(merged, rank=rank)
+
+
+def _heard(
+    parents: Sequence[Change],
+    request: CompositionRequest,
+    base: BaseParts,
+    on_step: OnStep,
+    merger: type[Router] | type[Fusion],
 ) -> Change:
-    """A parent without a product in a layer has one of rank 0: nothing of it is to answer."""
-    routers = {
-        name: Router([parent.products.get(name, _nothing(own[0])) for parent in parents])
+    """By what each layer hears while each parent paints.
+
+    A parent without a product in a layer has one of rank 0: nothing of it is to answer.
+    """
+    layers = {
+        name: merger([parent.products.get(name, _nothing(own[0])) for parent in parents])
         for name, own in _pairs(parents).items()
     }
-    for place in range(len(parents)):
-        on_step(place, len(parents))
+    steps = _Steps(on_step, len(parents) + len(layers))
+    for place in steps.over(range(len(parents))):
 
         def hear(name: str, inputs: Tensor, place: int = place) -> None:
-            routers[name].observe(place, inputs)
+            layers[name].observe(place, inputs)
 
-        _observe(base, request, parent_place=place, layers=list(routers), hear=hear)
-    return Change({name: router.merged() for name, router in routers.items()})
-
-
-def _fuse(
-    parents: Sequence[Change], request: CompositionRequest, base: BaseParts, on_step: OnStep
-) -> Change:
-    """What is fused spans the columns of the parents' B: the sum of their ranks holds all of it."""
-    pairs = _pairs(parents)
-    grams: list[dict[str, Tensor]] = [{} for _ in parents]
-    for place, seen in enumerate(grams):
-        on_step(place, len(parents))
-
-        def hear(name: str, inputs: Tensor, seen: dict[str, Tensor] = seen) -> None:
-            one = gram(inputs)
-            seen[name] = seen[name] + one if name in seen else one
-
-        _observe(base, request, parent_place=place, layers=list(pairs), hear=hear)
-    weights = weights_of(base)
-    products = {}
-    for name, own in pairs.items():
-        weight = weights[f"{name}.weight"].detach().cpu().flatten(1)
-        changes = [parent.products.get(name, _nothing(own[0])) for parent in parents]
-        tuned = [weight + pair.dense().flatten(1) for pair in changes]
-        fused = fuse(weight, tuned, [seen[name] for seen in grams]) - weight
-        shape = own[0].down.shape[1:]
-        rank = sum(len(pair.down) for pair in own)
-        products[name] = compress(fused.unflatten(1, shape), rank=rank)
-    return Change(products)
+        _observe(base, request, parent_place=place, layers=list(layers), hear=hear)
+    return Change({name: layers[name].merged() for name in steps.over(layers)})
 
 
 def _bind_words(
     parents: Sequence[Change], request: CompositionRequest, base: BaseParts, on_step: OnStep
 ) -> Change:
     """A layer that a parent leaves alone is to answer its words as the base does."""
+    names = sorted({name for parent in parents for name in parent.deltas})
+    steps = _Steps(on_step, len(parents) + len(names))
     known = words.statistics(base, request.resolution)
-    features = []
-    for place, parent in enumerate(request.parents):
-        on_step(place, len(parents))
-        features.append(words.features(base, parent, request.resolution))
+    features = [
+        words.features(base, parent, request.resolution) for parent in steps.over(request.parents)
+    ]
     bound = ConceptWords.of(known, features)
     weights = weights_of(base)
     deltas = {}
-    for name in sorted({name for parent in parents for name in parent.deltas}):
+    for name in steps.over(names):
         weight = weights[name].detach().cpu()
         tuned = [weight + parent.deltas.get(name, 0.0) for parent in parents]
         deltas[name] = bound.merge_layer(weight, tuned) - weight

@@ -5,6 +5,7 @@ hook on each layer in question hands its inputs on as they pass, and nothing is 
 """
 
 from collections.abc import Callable, Collection, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -17,12 +18,12 @@ from lookalike_registry.manifest import SubjectRecord
 from lookalike_registry.tensor_file import nth_word
 from lookalike_trainers.base_parts import BaseParts
 from lookalike_trainers.composition.request import ParentFile
-from lookalike_trainers.methods.deltas import parts_of
 from lookalike_trainers.methods.find import wear_of
-from lookalike_trainers.methods.products import own_layers
+from lookalike_trainers.methods.products import layers_of
 
 SCENES = ("a photo of {}", "{} on the beach")
 STEPS = 4  # of each scene: inputs at as many timesteps
+SAMPLER = "dpmsolver++1"  # DDIM's own steps, along a flow or without any signal to begin with too
 
 WORD = "subject"
 Hear = Callable[[str, Tensor], None]
@@ -41,23 +42,15 @@ def observe(
 
     Of a convolution the patches under its kernel, [..., in * k * k].
     """
-    found = {
-        f"{part}.{name}": layer
-        for part, model in parts_of(parts).items()
-        for name, layer in own_layers(model).items()
-    }
-    take_off = wear_of(parent.method)(parts, parent.file, parent.scale, WORD)
-    hooks = [
-        found[name].register_forward_pre_hook(_handing(name, found[name], hear)) for name in layers
-    ]
-    try:
+    found = layers_of(parts)
+    with ExitStack() as undo:
+        undo.callback(wear_of(parent.method)(parts, parent.file, parent.scale, WORD))
+        for name in layers:
+            handing = _handing(name, found[name], hear)
+            undo.callback(found[name].register_forward_pre_hook(handing).remove)
         for spoken in called(parent.subjects):
             for scene in SCENES:
                 _sample(parts, scene.format(spoken), resolution, seed)
-    finally:
-        for hook in hooks:
-            hook.remove()
-        take_off()
 
 
 def called(subjects: Sequence[SubjectRecord]) -> list[str]:
@@ -74,12 +67,12 @@ def called(subjects: Sequence[SubjectRecord]) -> list[str]:
 @torch.no_grad()
 def _sample(parts: BaseParts, prompt: str, resolution: int, seed: int) -> None:
     unet = parts.unet
-    side = resolution // 2 ** (len(parts.vae.config.block_out_channels) - 1)
+    side = resolution // parts.vae_scale
     latents, generators = noise([seed], unet.config.in_channels, side, side)
     text = parts.encode([prompt], resolution)
     denoise(
         unet,
-        make_sampler("ddim", dict(parts.scheduler.config)),
+        make_sampler(SAMPLER, dict(parts.scheduler.config)),
         latents.to(parts.device),
         generators,
         text,

@@ -9,6 +9,7 @@ from importlib import metadata
 from pathlib import Path
 
 from lookalike_platform.files import atomic_write, sha256_file
+from lookalike_registry.check import check_file
 from lookalike_trainers.composition.request import CompositionRequest
 from lookalike_trainers.launcher import STOP_FILE
 from lookalike_trainers.voice import Say, Stopped, carry_out
@@ -36,9 +37,12 @@ def run(folder: Path, say: Say) -> None:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     say({"type": "stage", "stage": "composing"})
 
-    def on_step(done: int, total: int) -> None:
+    def go_on_unless_stopped() -> None:
         if (folder / STOP_FILE).exists():
             raise Stopped
+
+    def on_step(done: int, total: int) -> None:
+        go_on_unless_stopped()
         say({"type": "progress", "step": done, "total": total})
 
     parts = BaseParts(request.base_folder, torch.device(name), request.cache)
@@ -52,6 +56,8 @@ def run(folder: Path, say: Say) -> None:
         prediction_type=request.prediction_type,
     )
     weights = save(merge(request, parts, on_step), result, card)
+    check_file(weights, request.base_folder)
+    go_on_unless_stopped()
     summary = {
         "weights": weights.name,
         "weights_sha256": sha256_file(weights),

@@ -1,5 +1,7 @@
 """Text features for Custom Diffusion's closed form: of captions at large, and of words. Torch."""
 
+from contextlib import ExitStack
+
 import torch
 from torch import Tensor
 
@@ -29,16 +31,14 @@ def statistics(parts: BaseParts, resolution: int) -> TextStatistics:
 def features(parts: BaseParts, parent: ParentFile, resolution: int) -> Tensor:
     """K* [tokens, in] of a parent's words: "{V*} {noun}" and the same in "photo of a {V*} {noun}",
     each up to its end mark, as Custom Diffusion's published code takes them."""
-    take_off = wear_of(parent.method)(parts, parent.file, parent.scale, WORD)
     rows = []
-    try:
+    with ExitStack() as undo:
+        undo.callback(wear_of(parent.method)(parts, parent.file, parent.scale, WORD))
         for spoken in called(parent.subjects):
             for before in ("", BEFORE):
                 prompt = f"{before} {spoken}".strip()
                 start, end = 1 + _count(parts, before), 2 + _count(parts, prompt)
                 rows.append(parts.encode([prompt], resolution).features[0, start:end].cpu())
-    finally:
-        take_off()
     return torch.cat(rows)
 
 

@@ -35,17 +35,22 @@ def wear_products(
     Raises KeyError for a module the base does not have (check_tensors and check_against_base say
     it to users before).
     """
-    layers = {
-        f"{part}.{name}": layer
-        for part, model in parts_of(wearer).items()
-        for name, layer in own_layers(model).items()
-    }
+    layers = layers_of(wearer)
     with ExitStack() as undo:
         for name, product in products.items():
             layer = layers[name]
             handle = layer.register_forward_hook(_hook(layer, product, scale, mask))
             undo.callback(handle.remove)
         return undo.pop_all().close
+
+
+def layers_of(wearer: Wearer) -> dict[str, Any]:
+    """All that products can act beside, by `<part>.<module>`."""
+    return {
+        f"{part}.{name}": layer
+        for part, model in parts_of(wearer).items()
+        for name, layer in own_layers(model).items()
+    }
 
 
 def own_layers(model: nn.Module) -> dict[str, Any]:

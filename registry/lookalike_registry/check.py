@@ -1,0 +1,17 @@
+"""Any adapter file against the base it is for. Torch-free."""
+
+from pathlib import Path
+
+from lookalike_registry.adapter_file import check_against_base
+from lookalike_registry.safetensors_header import Header, read_header
+from lookalike_registry.tensor_file import METHOD_KEY, check_tensors
+
+
+def check_file(path: Path, base_folder: Path) -> Header:
+    """Check that all of an adapter file, whatever its method, fits the base and is finite.
+
+    Raises:
+        InvalidRequest: what does not fit, one field per tensor or module.
+    """
+    ours = METHOD_KEY in read_header(path).metadata
+    return (check_tensors if ours else check_against_base)(path, base_folder)
