@@ -40,8 +40,11 @@ class Adapter:
     aliases: dict[str, int]
 
 
-def resolve(session: Session, owner: str, reference: str) -> AdapterVersion:
+def resolve(session: Session, owner: str, reference: str, *, lock: bool = False) -> AdapterVersion:
     """The version a reference means now.
+
+    Args:
+        lock: nobody deletes it before the transaction ends.
 
     Raises:
         NotFound: no such concept, alias or version of this owner.
@@ -51,12 +54,12 @@ def resolve(session: Session, owner: str, reference: str) -> AdapterVersion:
         raise NotFound(f"{reference!r} names no adapter; write name, name@alias or name@3.")
     concept, label = match["concept"], match["label"]
     if label is not None and label.isdigit():
-        return _version(session, owner, concept, int(label))
+        return _version(session, owner, concept, int(label), keep=lock)
     known = aliases(session, owner, concept)
     wanted = [PRODUCTION, CANDIDATE] if label is None else [label]
     for alias in wanted:
         if alias in known:
-            return _version(session, owner, concept, known[alias])
+            return _version(session, owner, concept, known[alias], keep=lock)
     numbers = [version.version for version in _live(session, owner, concept)]
     if not numbers:
         raise NotFound(f"There is no adapter {concept!r}. List them with: lookalike adapters")
@@ -180,8 +183,10 @@ def _version(
     version: int,
     *,
     lock: bool = False,
+    keep: bool = False,
     deleted: bool = False,
 ) -> AdapterVersion:
+    """lock: nobody else changes it before the transaction ends; keep: nobody changes it."""
     query = select(AdapterVersion).where(
         AdapterVersion.owner == owner,
         AdapterVersion.concept == concept,
@@ -189,7 +194,9 @@ def _version(
     )
     if not deleted:
         query = query.where(AdapterVersion.deleted_at.is_(None))
-    row = session.scalar(query.with_for_update() if lock else query)
+    if lock or keep:
+        query = query.with_for_update(read=not lock)
+    row = session.scalar(query)
     if row is None:
         raise NotFound(f"There is no version {concept}@{version}.")
     return row

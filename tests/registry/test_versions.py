@@ -1,6 +1,8 @@
 from pathlib import Path
 
 import pytest
+from sqlalchemy import select
+from sqlalchemy.exc import OperationalError
 
 from lookalike_platform.blobs import BlobStore
 from lookalike_platform.db.engine import Database
@@ -184,6 +186,26 @@ def test_a_version_in_production_is_kept(registry: Registry) -> None:
     with pytest.raises(Conflict, match="is in production"):
         registry.delete(1)
     assert registry.resolve() == 1
+
+
+def test_a_version_that_is_being_admitted_somewhere_waits_to_be_deleted(
+    registry: Registry,
+) -> None:
+    """By a lock on its row, which several admissions share and a deletion wants for itself."""
+    if registry.db.engine.dialect.name == "sqlite":
+        pytest.skip("SQLite's sessions take its one write lock")
+    version = registry.add(1)
+    row = select(AdapterVersion.id).where(AdapterVersion.id == version.id)
+    with registry.db.session() as session:
+        versions.resolve(session, "local", registry.concept, lock=True)
+        with registry.db.session() as other:
+            versions.resolve(other, "local", f"{registry.concept}@1", lock=True)
+            with pytest.raises(OperationalError, match="could not obtain lock"):
+                other.execute(row.with_for_update(nowait=True))
+            other.rollback()
+    registry.delete(1)
+    with pytest.raises(NotFound):
+        registry.resolve()
 
 
 def test_a_version_is_kept_while_a_generation_uses_it(registry: Registry) -> None:

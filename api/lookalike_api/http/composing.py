@@ -61,6 +61,7 @@ def admit(session: Session, owner: str, settings: Settings, wanted: CompositionW
     found = list(_resolved(session, owner, wanted))
     manifests = [Manifest.model_validate(version.manifest) for version in found]
     _raise(_names(wanted, manifests))
+    _raise(_phrases(manifests))
     base = _base(manifests[0], settings)
     _raise(_bases(found, manifests, base))
     kinds = [rules.kind_of(manifest) for manifest in manifests]
@@ -96,7 +97,7 @@ def admit(session: Session, owner: str, settings: Settings, wanted: CompositionW
 def _resolved(session: Session, owner: str, wanted: CompositionWanted) -> Iterator[AdapterVersion]:
     for place, use in enumerate(wanted.parents):
         try:
-            yield versions.resolve(session, owner, use.ref)
+            yield versions.resolve(session, owner, use.ref, lock=True)
         except NotFound as error:
             raise wrong_values([FieldProblem(f"parents[{place}].ref", error.detail)]) from error
 
@@ -113,6 +114,23 @@ def _names(wanted: CompositionWanted, manifests: Sequence[Manifest]) -> Iterator
     if seen[wanted.name]:
         message = f"{wanted.name} is one of the subjects: give what is made of all another name"
         yield FieldProblem("name", message)
+
+
+def _phrases(manifests: Sequence[Manifest]) -> Iterator[FieldProblem]:
+    """What prompts say of a subject without learned words is all that tells it from another."""
+    known: dict[str, str] = {}
+    for place, manifest in enumerate(manifests):
+        for subject in manifest.subjects:
+            if subject.learned:
+                continue
+            spoken = subject.phrase.format(trigger=subject.trigger, class_noun=subject.class_noun)
+            if other := known.get(spoken.casefold()):
+                message = (
+                    f"{subject.name} and {other} are both called {spoken!r} in prompts, which "
+                    "could not tell them apart: train one of them again with a trigger of its own"
+                )
+                yield FieldProblem(f"parents[{place}].ref", message)
+            known[spoken.casefold()] = subject.name
 
 
 def _base(manifest: Manifest, settings: Settings) -> Base:

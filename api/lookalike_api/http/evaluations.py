@@ -96,7 +96,7 @@ def _admit(session: Session, owner: str, settings: Settings, wanted: EvaluationW
     Raises InvalidRequest if it cannot be carried out, with the path of the wrong field.
     """
     try:
-        version = versions.resolve(session, owner, wanted.adapter)
+        version = versions.resolve(session, owner, wanted.adapter, lock=True)
     except NotFound as error:
         raise wrong_values([FieldProblem("adapter", error.detail)]) from error
     manifest = Manifest.model_validate(version.manifest)

@@ -106,13 +106,14 @@ def submit_job(
     key: IdempotencyKey = None,
 ) -> Response:
     """Queue a training job; with `dry_run` only say what it would cost."""
-    config = complete_config(context.settings, wanted)
     if query.dry_run:
         with context.db.session() as session:
+            config = complete_config(session, context.settings, owner, wanted)
             _, cost = admit(session, context.settings, owner, wanted, config)
         return JSONResponse(asdict(cost))
 
     def queue(session: Session) -> Json:
+        config = complete_config(session, context.settings, owner, wanted)
         new, _ = admit(session, context.settings, owner, wanted, config)
         return JobView.model_validate(store.submit(session, new)).model_dump(mode="json")
 

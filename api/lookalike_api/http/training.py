@@ -11,8 +11,9 @@ from lookalike_api.http.shapes import Json
 from lookalike_datasets import subject_sets
 from lookalike_platform import bases
 from lookalike_platform.bases import Base
-from lookalike_platform.db.tables import SubjectSet
+from lookalike_platform.db.tables import AdapterVersion, Job, SubjectSet
 from lookalike_platform.errors import FieldProblem, InvalidRequest, NotFound
+from lookalike_platform.jobs.states import TERMINAL
 from lookalike_platform.jobs.store import NewJob
 from lookalike_platform.settings import Settings
 from lookalike_registry.manifest import NAME_PATTERN
@@ -50,10 +51,13 @@ class JobRequest(BaseModel):
     config: Json = Field(default={})
 
 
-def complete_config(settings: Settings, wanted: JobRequest) -> TrainingConfig:
+def complete_config(
+    session: Session, settings: Settings, owner: str, wanted: JobRequest
+) -> TrainingConfig:
     """The method's config, taken by its word: "8" is no number and 1 no truth value.
 
-    Where it has no trigger, the rarest word of the base's vocabulary is chosen.
+    Where it has no trigger, it is the rarest word of the base's vocabulary that no other concept
+    of this owner answers to: prompts and merges can tell them apart.
 
     Raises:
         InvalidRequest: no such method or base, or wrong values, with the path of each
@@ -62,7 +66,8 @@ def complete_config(settings: Settings, wanted: JobRequest) -> TrainingConfig:
     config = _method(wanted.method).config
     given = dict(wanted.config)
     if given.get("trigger") is None:
-        given["trigger"] = _rare_word(_base(settings, wanted.base_model))
+        base = _base(settings, wanted.base_model)
+        given["trigger"] = _rare_word(base, _answered_to(session, owner, base, wanted))
     try:
         return config.model_validate_json(json.dumps(given), strict=True)
     except ValidationError as error:
@@ -120,12 +125,38 @@ def _base(settings: Settings, name: str | None) -> Base:
         raise type(error)(error.detail, [FieldProblem("base_model", error.detail)]) from error
 
 
-def _rare_word(base: Base) -> str:
+def _rare_word(base: Base, taken: set[str]) -> str:
     try:
-        return rare_words(base.folder)[0]
+        words = rare_words(base.folder)
+        for word in words:
+            if word not in taken:
+                return word
+        raise InvalidRequest(
+            f"All {len(words)} rare words of {base.name} stand for other adapters of yours: give a "
+            "trigger, or delete adapters you no longer need."
+        )
     except InvalidRequest as error:
         problem = FieldProblem("config.trigger", error.detail)
         raise InvalidRequest(error.detail, [problem]) from error
+
+
+def _answered_to(session: Session, owner: str, base: Base, wanted: JobRequest) -> set[str]:
+    """The triggers of the owner's other concepts on a base, those in training too."""
+    concept = wanted.concept or _subject_set(session, owner, wanted.subject_set, "subject_set").name
+    made = select(AdapterVersion.manifest["prompting"]["trigger"].as_string()).where(
+        AdapterVersion.owner == owner,
+        AdapterVersion.base_fingerprint == base.fingerprint,
+        AdapterVersion.concept != concept,
+        AdapterVersion.deleted_at.is_(None),
+    )
+    coming = select(Job.request["config"]["trigger"].as_string()).where(
+        Job.owner == owner,
+        Job.kind == "train",
+        Job.base_fingerprint == base.fingerprint,
+        Job.concept != concept,
+        Job.state.not_in(TERMINAL),
+    )
+    return {*session.scalars(made), *session.scalars(coming)}
 
 
 def _subject_set(session: Session, owner: str, set_id: str, field: str) -> SubjectSet:

@@ -32,6 +32,11 @@ _LENGTHS = (
     "would depend on which was put on first. Merge them (POST /v1/compositions), which takes "
     "both from the base itself"
 )
+_GATED = (
+    "Perfusion's gate takes away what the base's own rows say of its word, and what DoRA's new "
+    "lengths make of that would stay. Merge them (POST /v1/compositions): there the gate takes "
+    "away what the changed rows say"
+)
 
 
 @dataclass(frozen=True)
@@ -107,7 +112,11 @@ def combination(one: str, other: str) -> Combination:
     if unknown := {one, other} - set(KINDS):
         raise KeyError(*unknown)
     pair = {one, other}
-    refused = _LENGTHS if "dora" in pair and pair & (WEIGHTS | {COMPOSITION}) else None
+    refused = None
+    if "dora" in pair and pair & (WEIGHTS | {COMPOSITION}):
+        refused = _LENGTHS
+    elif pair == {"dora", "perfusion"}:
+        refused = _GATED
     return Combination(
         one,
         other,
@@ -157,6 +166,11 @@ def _how(pair: set[str]) -> str:
         return "the gated terms add up: h = W e + sum of s (gate o - similarity W i)"
     if "perfusion" in pair and pair & WEIGHTS:
         return "the gated edit is of what the changed weights say"
+    if "perfusion" in pair and COMPOSITION not in pair:
+        return (
+            "products and the gated edit add up in a layer's answer: "
+            "h = W e + s1 B A e + s2 (gate o - similarity W i)"
+        )
     if COMPOSITION in pair:
         return "the merged changes and the other's add up"
     return "the changes add up: W' = W + s1 dW1 + s2 dW2"

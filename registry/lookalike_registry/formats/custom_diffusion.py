@@ -60,7 +60,10 @@ def from_processors(
             continue
         name = f"{match['attention']}.{match['side']}.weight"
         own = base.get(name)
-        if own is None or own.shape != tensor.shape:
+        if not match["attention"].endswith("attn2"):
+            message = "changes self-attention, and Custom Diffusion changes attn2 alone"
+            problems.append(FieldProblem(key, message))
+        elif own is None or own.shape != tensor.shape:
             problems.append(FieldProblem(key, "is no layer of the base model, or of another shape"))
         else:
             deltas[f"delta.unet.{name}"] = tensor.float() - own.float()

@@ -318,7 +318,7 @@ def test_what_combines_with_what_is_listed(lookalike: Lookalike) -> None:
 
 def test_a_merge_is_followed_and_its_version_told(lookalike: Lookalike, api: Api) -> None:
     api.add_version("rex")
-    api.add_version("tom")
+    api.add_version("tom", trigger="zwx")
 
     def work() -> None:
         query = "/v1/jobs?kind=compose&state=queued"

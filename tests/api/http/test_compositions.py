@@ -21,7 +21,7 @@ def adapters(api: Api) -> Api:
     api.add_version("rex")
     api.add_version("tom", trigger="zwx")
     for method in ("t-lora", "dreambooth", "custom-diffusion"):
-        api.add_version(method, method=method.replace("-", "_"))
+        api.add_version(method, method=method.replace("-", "_"), trigger=method)
     return api
 
 
@@ -85,16 +85,26 @@ def test_a_strategy_that_does_not_fit_is_told_with_those_that_do(adapters: Api) 
 
 
 def test_parents_of_two_bases_are_refused(adapters: Api) -> None:
-    version = adapters.add_version("kim")
+    version = adapters.add_version("kim", trigger="qqx")
     with adapters.context.db.session() as session:
         session.merge(version).base_fingerprint = "0" * 64
     assert paths_of(ask(adapters, parents=[*DUO, {"ref": "kim"}])) == ["parents[2].ref"]
 
 
+def test_subjects_that_prompts_call_the_same_are_refused(api: Api) -> None:
+    api.add_version("rex")
+    api.add_version("tom")
+    [problem] = problem_of(ask(api), 422)["errors"]
+    assert problem["path"] == "parents[1].ref"
+    assert "tom and rex are both called 'sks dog'" in problem["message"]
+    api.add_version("tom", prompting={"class_noun": "cat"})
+    assert ask(api, parents=[{"ref": "rex"}, {"ref": "tom@2"}]).status_code == 202
+
+
 def test_dora_is_known_from_its_file(adapters: Api, tmp_path: Path) -> None:
     dora = tmp_path / "dora.safetensors"
     save_adapter(dora, bases.resolve("pocket-64", adapters.settings).folder, dora=True)
-    adapters.add_version("kim", weights=dora)
+    adapters.add_version("kim", weights=dora, trigger="qqx")
     parents = [{"ref": "rex"}, {"ref": "kim"}]
     assert ask(adapters, parents=parents).json()["request"]["strategy"] == "weighted_sum"
     assert paths_of(ask(adapters, parents=parents, strategy="ssr")) == ["strategy"]
@@ -102,7 +112,7 @@ def test_dora_is_known_from_its_file(adapters: Api, tmp_path: Path) -> None:
 
 def test_a_version_that_is_being_merged_cannot_be_deleted(api: Api) -> None:
     api.add_version("rex", aliases=())
-    api.add_version("tom")
+    api.add_version("tom", trigger="zwx")
     job = ask(api, parents=[{"ref": "rex@1"}, {"ref": "tom"}]).json()
     context = api.context
     with pytest.raises(Conflict, match=job["id"]):

@@ -256,6 +256,29 @@ def test_a_set_of_class_images_that_is_not_there_is_named_by_its_field(api: Api)
     assert paths_of(refused) == ["config.prior.subject_set"]
 
 
+def test_each_concept_answers_to_a_rare_word_of_its_own(api: Api) -> None:
+    """Whether the others are there already or only in training; of other owners or none."""
+    first, second, third, *rest = rare_words(resolve("pocket-64", api.settings).folder)
+    api.add_version("kim", trigger=first)
+    api.add_version("other", trigger=third, owner="somebody")
+
+    def trigger_of(concept: str) -> str:
+        trigger: str = submit(api, concept=concept).json()["request"]["config"]["trigger"]
+        return trigger
+
+    assert [trigger_of(name) for name in ("rex", "rex", "tom", "kim")] == [
+        second,
+        second,
+        third,
+        first,
+    ]
+    for number, word in enumerate(rest):
+        api.add_version(f"more-{number}", trigger=word)
+    refused = submit(api, concept="one-too-many")
+    assert paths_of(refused) == ["config.trigger"]
+    assert "give a trigger" in str(problem_of(refused, 422))
+
+
 def test_a_subject_answers_to_a_rare_word_of_the_base_unless_told_otherwise(api: Api) -> None:
     rarest = rare_words(resolve("pocket-64", api.settings).folder)[0]
     for config in ({}, {"trigger": None}):

@@ -231,6 +231,22 @@ def test_keys_that_are_not_understood_refuse_the_file_by_name(
     assert why in refused.value.fields[0].message
 
 
+def test_custom_diffusion_of_self_attention_is_refused_by_name(base: Path, tmp_path: Path) -> None:
+    """Its own layers are those that hear the text."""
+    file = saved(base, tmp_path / "own", "custom_diffusion")
+    weights, _ = exported(file, base, "diffusers", tmp_path / "out").files
+    tensors = load_file(weights)
+    key = next(key for key in tensors if "to_k" in key).replace("attn2", "attn1")
+    unet = load_file(next((base / "unet").glob("*.safetensors")))
+    own = unet[key.replace("processor.to_k_custom_diffusion", "to_k")]
+    kept = {name: tensor for name, tensor in tensors.items() if tensor.numel()}
+    save_file({**kept, key: own + 1}, weights)
+    with pytest.raises(InvalidRequest) as refused:
+        load([weights], base)
+    assert [field.path for field in refused.value.fields] == [key]
+    assert "attn2 alone" in refused.value.fields[0].message
+
+
 def test_files_of_no_known_format_of_another_base_and_pickles_are_refused(
     base: Path, tmp_path: Path
 ) -> None:
