@@ -102,7 +102,7 @@ def look_up(session: Session, owner: str, uses: Sequence[AdapterUse], path: str 
     found = []
     for number, use in enumerate(uses):
         with field(f"{path}adapters[{number}].ref"):
-            found.append(versions.resolve(session, owner, use.ref))
+            found.append(versions.resolve(session, owner, use.ref, lock=True))
     cast = Cast(path, uses, found, [Manifest.model_validate(one.manifest) for one in found])
     _refuse_twice(cast)
     _refuse_together(cast)
