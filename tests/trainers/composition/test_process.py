@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from lookalike_platform.errors import InvalidRequest
+from lookalike_registry.compose.low_rank import LowRank
 from lookalike_registry.manifest import SubjectRecord
 from lookalike_trainers.composition import process
 from lookalike_trainers.composition.request import CompositionRequest, MergeOptions, ParentFile
@@ -87,7 +88,8 @@ def test_a_file_that_does_not_fit_its_base_is_no_result(
 
     def save(change: Change, *where: Any) -> Path:
         name, pair = next(iter(change.products.items()))
-        return whole(Change({name: pair, table: pair}), *where)
+        copy = LowRank(pair.up.clone(), pair.down.clone())
+        return whole(Change({name: pair, table: copy}), *where)
 
     monkeypatch.setattr(composition, "save", save)
     with pytest.raises(InvalidRequest) as refused:
