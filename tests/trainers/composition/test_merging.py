@@ -29,6 +29,7 @@ from lookalike_trainers.composition.request import (
     ParentFile,
 )
 from lookalike_trainers.methods.composition import Change, load, save
+from support_formats import diffusers_paints, pipeline, same, we_paint
 from support_methods import CARD, CPU, trained
 from support_models import RESOLUTION, save_base
 from support_pairs import Adapter, answers, trained_adapter, wearing
@@ -377,13 +378,20 @@ def test_one_adapter_under_two_names_does_not_blow_up(
         assert float(pair.dense().norm()) <= 2.01 * float(once[name].dense().norm())
 
 
-def test_loras_become_a_lora_that_other_programs_read(
-    base: Path, adapter: Maker, tmp_path: Path
+@pytest.mark.parametrize("strategy", ["weighted_sum", "ssr", "svd"])
+def test_loras_become_a_lora_that_plain_diffusers_paints_alike(
+    base: Path, adapter: Maker, tmp_path: Path, strategy: str
 ) -> None:
     method, file, _, _ = saved(
-        asked(base, "weighted_sum", [adapter("lora", 0), adapter("lora", 1)]), tmp_path
+        asked(base, strategy, [adapter("lora", 0), adapter("lora", 1)]), tmp_path
     )
     assert (method, file.name) == ("lora", WEIGHTS_NAME)
+    pipe = pipeline(base)
+    bare = diffusers_paints(pipe, "a sks dog")
+    pipe.load_lora_weights(file)
+    painted = diffusers_paints(pipe, "a sks dog")
+    assert not same(painted, bare)
+    assert same(painted, we_paint(base, "a sks dog", "lora", file))
 
 
 def test_a_merged_version_merges_again(base: Path, adapter: Maker, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """A compose job's ways to its end, in a process of its own as the worker starts it."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from lookalike_platform import bases
 from lookalike_platform.blobs import BlobStore, open_blobs
 from lookalike_platform.db.engine import Database, migrate, open_database
 from lookalike_platform.db.tables import AdapterVersion
+from lookalike_platform.errors import NotFound
 from lookalike_platform.jobs import store
 from lookalike_platform.settings import Settings
 from lookalike_registry import versions
@@ -154,6 +156,59 @@ def test_a_job_that_comes_back_with_its_result_only_registers(
     monkeypatch.setattr(task, "start", crash)
     known = carry_out(local, db, blobs, job_id)
     assert known.job.state == "succeeded"
+
+
+def stop_at_once(
+    patch: pytest.MonkeyPatch, why: str, beside: Callable[[], object] = lambda: None
+) -> None:
+    """Ask every merge to stop as soon as its process runs, long before it has loaded anything."""
+    start = task.start
+
+    def stopping(*how: Any) -> Any:
+        running = start(*how)
+        beside()
+        running.ask_to_stop(why)
+        return running
+
+    patch.setattr(task, "start", stopping)
+    patch.setattr(task, "warm", lambda _: None)  # it would outlive the test
+
+
+def test_a_canceled_merge_leaves_no_version(
+    local: Settings,
+    db: Database,
+    blobs: BlobStore,
+    parents: list[AdapterVersion],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    job_id = submit(local, db, parents)
+
+    def cancel() -> None:
+        with db.session() as session:
+            assert store.request_cancel(session, "local", job_id) == "requested"
+
+    stop_at_once(monkeypatch, "cancel", cancel)
+    known = carry_out(local, db, blobs, job_id)
+    assert (known.job.state, known.job.result) == ("canceled", None)
+    with db.read_session() as session, pytest.raises(NotFound):
+        versions.resolve(session, "local", "duo")
+
+
+def test_a_merge_that_a_shutdown_stopped_is_done_by_the_next_worker(
+    local: Settings,
+    db: Database,
+    blobs: BlobStore,
+    parents: list[AdapterVersion],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    job_id = submit(local, db, parents)
+    with monkeypatch.context() as patch:
+        stop_at_once(patch, "drain")
+        stopped = carry_out(local, db, blobs, job_id)
+    assert (stopped.job.state, stopped.outcomes) == ("queued", ["drained"])
+    known = carry_out(local, db, blobs, job_id)
+    assert known.job.state == "succeeded"
+    assert known.job.result["ref"] == "duo@1"
 
 
 def test_a_damaged_parent_fails_the_job_in_words(
