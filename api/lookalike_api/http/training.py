@@ -57,7 +57,8 @@ def complete_config(
     """The method's config, taken by its word: "8" is no number and 1 no truth value.
 
     Where it has no trigger, it is the rarest word of the base's vocabulary that no other concept
-    of this owner answers to: prompts and merges can tell them apart.
+    of this owner answers to, so that prompts and merges can tell them apart; if all of them are
+    taken, the one that fewest answer to.
 
     Raises:
         InvalidRequest: no such method or base, or wrong values, with the path of each
@@ -125,22 +126,15 @@ def _base(settings: Settings, name: str | None) -> Base:
         raise type(error)(error.detail, [FieldProblem("base_model", error.detail)]) from error
 
 
-def _rare_word(base: Base, taken: set[str]) -> str:
+def _rare_word(base: Base, taken: list[str]) -> str:
     try:
-        words = rare_words(base.folder)
-        for word in words:
-            if word not in taken:
-                return word
-        raise InvalidRequest(
-            f"All {len(words)} rare words of {base.name} stand for other adapters of yours: give a "
-            "trigger, or delete adapters you no longer need."
-        )
+        return min(rare_words(base.folder), key=taken.count)
     except InvalidRequest as error:
         problem = FieldProblem("config.trigger", error.detail)
         raise InvalidRequest(error.detail, [problem]) from error
 
 
-def _answered_to(session: Session, owner: str, base: Base, wanted: JobRequest) -> set[str]:
+def _answered_to(session: Session, owner: str, base: Base, wanted: JobRequest) -> list[str]:
     """The triggers of the owner's other concepts on a base, those in training too."""
     concept = wanted.concept or _subject_set(session, owner, wanted.subject_set, "subject_set").name
     made = select(AdapterVersion.manifest["prompting"]["trigger"].as_string()).where(
@@ -156,7 +150,7 @@ def _answered_to(session: Session, owner: str, base: Base, wanted: JobRequest) -
         Job.concept != concept,
         Job.state.not_in(TERMINAL),
     )
-    return {*session.scalars(made), *session.scalars(coming)}
+    return [*session.scalars(made), *session.scalars(coming)]
 
 
 def _subject_set(session: Session, owner: str, set_id: str, field: str) -> SubjectSet:
