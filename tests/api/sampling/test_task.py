@@ -122,6 +122,19 @@ def test_a_sampler_that_died_gets_the_order_again(settings: Settings, database: 
     assert known.job.state == "succeeded"
     [warning] = [event for event in known.events if event.level == "warning"]
     assert "signal 9" in warning.payload["text"]
+    # Whichever order was too much for it, the second try risks no others.
+    assert [order.alone for order in sampler.orders] == [False, True]
+
+
+def test_determinism_and_the_deadline_reach_the_sampler(
+    settings: Settings, database: Database
+) -> None:
+    sampler = Stub()
+    job_id = submit(settings, database, deterministic=True, deadline_seconds=60.0)
+    carry_out(settings, database, sampler)
+    [order] = sampler.orders
+    created = look(database, job_id).job.created_at
+    assert (order.alone, order.deadline) == (True, created + 60)
 
 
 def test_a_sampler_that_never_starts_fails_the_job(settings: Settings, database: Database) -> None:
