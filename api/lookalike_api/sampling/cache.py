@@ -115,13 +115,15 @@ class Cache(Generic[Key, Source, Value]):
             self.counts.evictions += 1
         self.counts.loads += 1
         self._kept[key] = kept = Kept(size, self.loaders.submit(self.load, source))
-        kept.value.add_done_callback(lambda _: self._forget_failed(key, kept))
+        # A callback that held `kept` would keep what is evicted until cycles are collected.
+        kept.value.add_done_callback(lambda value: self._forget_failed(key, value))
         return kept
 
-    def _forget_failed(self, key: Key, kept: Kept[Value]) -> None:
-        if not kept.value.exception():
+    def _forget_failed(self, key: Key, value: "Future[Value]") -> None:
+        if not value.exception():
             return
         with self._lock:
             self.counts.failures += 1
-            if self._kept.get(key) is kept:
+            kept = self._kept.get(key)
+            if kept is not None and kept.value is value:
                 del self._kept[key]

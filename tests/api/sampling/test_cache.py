@@ -1,6 +1,8 @@
 """What the cache promises, whatever is asked of it and however slowly things load."""
 
+import gc
 import threading
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -71,6 +73,29 @@ def test_the_one_unused_for_longest_makes_room() -> None:
         kept.value.result()
         cache.give_back(kept)
     assert list(cache._kept) == ["a", "d"]
+
+
+class Loaded:
+    """Something that can be watched."""
+
+
+def test_what_made_room_is_freed_at_once_and_not_when_cycles_are_collected() -> None:
+    gate = threading.Event()
+    cache = make(lambda key: gate.wait() and Loaded(), workers=1)
+    gc.disable()
+    try:
+        kept = cache.take("d", "d")
+        gate.set()
+        assert kept is not None
+        loaded = weakref.ref[Any](kept.value.result())
+        cache.loaders.submit(str).result()  # the loading thread has let it go
+        cache.give_back(kept)
+        del kept
+        assert loaded() is not None
+        assert cache.take("e", "e") is not None
+        assert loaded() is None
+    finally:
+        gc.enable()
 
 
 def test_what_could_not_be_loaded_is_tried_again_and_pins_nothing() -> None:

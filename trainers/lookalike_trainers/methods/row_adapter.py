@@ -76,9 +76,14 @@ class RowAdapter:
         return sum(tensor.nbytes for tensor in tensors)
 
     def to(self, device: torch.device, dtype: torch.dtype) -> "RowAdapter":
-        """With the products in the UNet's dtype; the rest keeps its own, and the text its place."""
+        """A copy, the products in the UNet's dtype; the rest keeps its own, and the text its place.
+
+        Nothing of it is in the file any more, which what is read of safetensors keeps mapped as a
+        whole.
+        """
         return replace(
             self,
+            text={name: x.clone() for name, x in self.text.items()},
             products={n: _moved(p, device=device, dtype=dtype) for n, p in self.products.items()},
             answers={n: _moved(a, device=device) for n, a in self.answers.items()},
         )
@@ -109,4 +114,4 @@ def _tensors(piece: Any) -> dict[str, torch.Tensor]:
 
 
 def _moved(piece: Any, **where: Any) -> Any:
-    return replace(piece, **{name: x.to(**where) for name, x in _tensors(piece).items()})
+    return replace(piece, **{name: x.to(**where, copy=True) for name, x in _tensors(piece).items()})
