@@ -2,7 +2,7 @@
 
 import json
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
@@ -49,6 +49,15 @@ class JobRequest(BaseModel):
     concept: str | None = Field(default=None, pattern=NAME_PATTERN)
     """What the adapter will be called. Left out: the subject set's name."""
     config: Json = Field(default={})
+
+    @field_validator("config")
+    @classmethod
+    def _text(cls, config: Json) -> Json:
+        try:
+            json.dumps(config, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise ValueError("holds half of a character: write it as UTF-8") from None
+        return config
 
 
 def complete_config(

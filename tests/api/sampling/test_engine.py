@@ -262,10 +262,11 @@ def test_a_base_that_made_room_leaves_memory_though_its_adapters_are_kept(
 
 
 def test_adapters_too_large_together_are_refused_and_hold_nobody_up(
-    base: Orders, base_folder: Path, adapters: list[AdapterFile]
+    base_folder: Path, adapters: list[AdapterFile]
 ) -> None:
-    paint(base, adapters)
-    engine = engine_of(base_folder, adapter_bytes=base.engine.adapters.host.held - 1)
+    roomy = engine_of(base_folder)
+    paint(roomy, adapters)
+    engine = engine_of(base_folder, adapter_bytes=roomy.engine.adapters.host.held - 1)
     both, one = (engine.send(adapters=tuple(worn)) for worn in (adapters, adapters[:1]))
     refused, done = engine.until(both, one)
     assert "raise the budget" in refused["problem"]["detail"]

@@ -157,7 +157,8 @@ def test_a_killed_process_is_told_and_started_again(
     pid = sampler.pid
     assert pid is not None
     os.kill(pid, signal.SIGKILL)  # between two orders
-    os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)  # with all its threads
+    while sampler.pid is not None:
+        time.sleep(0.01)
     assert sampler.sample(order, ignore, never) is not None
 
 
