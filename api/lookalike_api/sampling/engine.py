@@ -31,7 +31,6 @@ from lookalike_platform.conditioning import Text, predict
 from lookalike_platform.diffusion import decode
 from lookalike_platform.errors import LookalikeError
 from lookalike_platform.jobs.reaper import LATE
-from lookalike_trainers.methods.row_edits import Slot
 
 # Pictures made at once hold about this many pixels: 16 of 256 x 256, or 4 of 512 x 512.
 BATCH_PIXELS = 2**20
@@ -96,6 +95,7 @@ class Engine:
         self._group_loaded()
         group = self._next()
         if group is None:
+            self._bases.rest()
             return False
         self._turns += 1
         group.served = self._turns
@@ -327,7 +327,7 @@ def _told_by(base: ResidentBase, asked: list[Asked]) -> list[torch.Tensor]:
     for worn, same in groupby(asked, key=lambda one: one.worn):
         rows = list(same)
         base.wear(worn)
-        base.edits.put_on(merged([one.slot for one in rows]))
+        base.edits.put_on([one.slot for one in rows])
         said += predict(
             base.unet,
             torch.cat([one.seen for one in rows]),
@@ -335,16 +335,6 @@ def _told_by(base: ResidentBase, asked: list[Asked]) -> list[torch.Tensor]:
             Text.cat(same_depth([one.text for one in rows])),
         ).split([len(one.seen) for one in rows])
     return said
-
-
-def merged(slots: list[Slot]) -> list[Slot]:
-    """Neighbours that wear the same in the same places as one slot."""
-    whole = []
-    for (outfit, layout), same in groupby(slots, key=lambda slot: (slot.outfit, slot.layout)):
-        parts = list(same)
-        answers = {name: torch.cat([p.answers[name] for p in parts]) for name in parts[0].answers}
-        whole.append(Slot(outfit, sum(part.rows for part in parts), answers, layout))
-    return whole
 
 
 def told(error: BaseException) -> dict[str, Any]:

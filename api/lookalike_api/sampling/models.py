@@ -31,6 +31,11 @@ class ResidentBases:
         self._cache = cache
         self._bases: OrderedDict[tuple[str, str], ResidentBase] = OrderedDict()
 
+    def rest(self) -> None:
+        """Nobody paints: what rows wore last leaves memory."""
+        for base in self._bases.values():
+            base.edits.put_on([])
+
     def get(
         self, fingerprint: str, folder: Path, device: str, in_use: Sequence["ResidentBase"] = ()
     ) -> "ResidentBase | None":

@@ -125,6 +125,7 @@ class Batch:
     parts: list[Part] = field(default_factory=list)
     walk: Walk | None = None
     pictures: list[Image.Image] = field(default_factory=list)
+    _slots: dict[bool, list[Slot]] = field(default_factory=dict)
 
     @property
     def pixels(self) -> int:
@@ -142,12 +143,20 @@ class Batch:
         else:
             rows = slice(len(seen), None)
 
-        def ask(part: Part) -> Asked:
-            answers = {name: said[rows] for name, said in part.answers.items()}
-            slot = Slot(part.outfit, len(seen), answers, part.layout)
-            return Asked(seen, timesteps, part.text[rows], slot, part.worn)
-
-        return [ask(part) for part in self.parts]
+        if walk.guided not in self._slots:  # the same ones step after step: put on once
+            self._slots[walk.guided] = [
+                Slot(
+                    part.outfit,
+                    len(seen),
+                    {name: said[rows] for name, said in part.answers.items()},
+                    part.layout,
+                )
+                for part in self.parts
+            ]
+        return [
+            Asked(seen, timesteps, part.text[rows], slot, part.worn)
+            for part, slot in zip(self.parts, self._slots[walk.guided], strict=True)
+        ]
 
     def answer(self, said: list[torch.Tensor]) -> None:
         """Go on with what the denoiser predicts, part by part.

@@ -14,7 +14,7 @@ from torch import nn
 
 from lookalike_platform.conditioning import Text, encode, predict
 from lookalike_registry.adapter_file import LoraShape
-from lookalike_registry.products import from_peft
+from lookalike_registry.products import Product, from_peft
 from lookalike_trainers.base_parts import BaseParts
 from lookalike_trainers.catalog import METHODS
 from lookalike_trainers.methods.find import rows_of, wear_of
@@ -224,3 +224,27 @@ def test_any_loras_of_any_rows_add_up_as_in_peft(
     edits.put_on(slots)
     said = edits_on(*(torch.cat(tensors) for tensors in zip(*inputs, strict=True)))
     torch.testing.assert_close(said, torch.cat(expected), rtol=1e-8, atol=1e-8)
+
+
+def test_slots_already_worn_stay_on_and_others_replace_them() -> None:
+    torch.manual_seed(0)
+    toy = Toy()
+    edits = RowEdits(toy)
+    x, t, text = torch.randn(2, 3, 8, 8), torch.tensor([3, 900]), torch.randn(2, 7, 6)
+    bare = toy(x, t, text)
+    product = Product(torch.randn(2, 9), torch.randn(5, 2))
+    adapter = RowAdapter({}, lambda *_: lambda: None, products={"out": product})
+    slots = [Slot((), 1), Slot(((adapter, 0.5),), 1)]
+    edits.put_on(slots)
+    worn, hooks = toy(x, t, text), list(toy.out._forward_hooks)
+    edits.put_on(list(slots))
+    assert list(toy.out._forward_hooks) == hooks
+    torch.testing.assert_close(toy(x, t, text), worn, rtol=0, atol=0)
+    torch.testing.assert_close(worn[0], bare[0])
+    assert not torch.allclose(worn[1], bare[1])
+    edits.put_on(slots[::-1])
+    swapped = toy(x, t, text)
+    torch.testing.assert_close(swapped[1], bare[1])
+    assert not torch.allclose(swapped[0], bare[0])
+    edits.put_on([])
+    torch.testing.assert_close(toy(x, t, text), bare, rtol=0, atol=0)

@@ -13,6 +13,7 @@ A batch of a single slot is changed by each product as `products.py` does it, to
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -62,6 +63,7 @@ class RowEdits:
             for end in ("to_k", "to_v")
         }
         self._handles: list[Any] = []
+        self._slots: list[Slot] | None = []
         self._timesteps = torch.zeros(0)
         unet.register_forward_pre_hook(self._see, with_kwargs=True)
         take_own_text(unet)
@@ -98,13 +100,19 @@ class RowEdits:
     def put_on(self, slots: Sequence[Slot]) -> None:
         """From now on the batch's rows wear this, slot after slot, and nothing else.
 
+        The very slots that they wear already cost nothing.
+
         Raises ValueError if some of them have regions and others have none.
         """
+        if self._slots == list(slots):
+            return
+        self._slots = None  # until all of them are on
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        merged = _merged(slots)
         for name, layer in self._layers.items():
-            changes = list(self._changes(name, layer, slots))
+            changes = list(self._changes(name, layer, merged))
             if changes:
                 self._handles.append(layer.register_forward_hook(_hook(changes)))
         layouts = [slot.layout for slot in slots for _ in range(slot.rows) if slot.layout]
@@ -112,6 +120,7 @@ class RowEdits:
             if len(layouts) < sum(slot.rows for slot in slots):
                 raise ValueError("rows with regions and rows without read texts of other lengths")
             self._handles += hear_own_region(self._readers, layouts)
+        self._slots = list(slots)
 
     def _said(self, adapter: RowAdapter, name: str, e: torch.Tensor) -> torch.Tensor | None:
         if name in adapter.answers:
@@ -177,6 +186,16 @@ class RowEdits:
         """The UNet's forward pre-hook: note each row's timestep, [rows]."""
         t = torch.as_tensor(kwargs["timestep"] if "timestep" in kwargs else args[1])
         self._timesteps = t.reshape(-1).to(args[0].device).expand(len(args[0]))
+
+
+def _merged(slots: Sequence[Slot]) -> list[Slot]:
+    """Neighbours that wear the same in the same places as one slot."""
+    whole = []
+    for (outfit, layout), same in groupby(slots, key=lambda slot: (slot.outfit, slot.layout)):
+        parts = list(same)
+        answers = {name: torch.cat([p.answers[name] for p in parts]) for name in parts[0].answers}
+        whole.append(Slot(outfit, sum(part.rows for part in parts), answers, layout))
+    return whole
 
 
 def _rows(slots: Sequence[Slot], acts: Sequence[Any]) -> Rows:
