@@ -1,7 +1,7 @@
 """Every method on the bundled base: our step against its bare step.
 
 ours  the loop's own step: data from the caches, DeepSpeed engine (ZeRO 0, one process)
-bare  forward, backward and AdamW step of the same module on one batch of cached inputs
+bare  forward, backward, clipping and AdamW step of the same module on one batch of cached inputs
 
 They take turns in one process, with equal batches and threads; medians are compared.
 Bar: ours at least 0.95 of the bare step's rate, for each method.

@@ -6,10 +6,12 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 
 from lookalike_api.sampling.engine import Engine
 from lookalike_api.sampling.loading import Adapters
@@ -61,8 +63,8 @@ class Painter:
         self.engine = Engine(bases, self.adapters, self._hear, self._woken.set)
         self._sent = 0
 
-    def send(self, worn: Sequence[AdapterFile] = ()) -> int:
-        """An order for one picture, with prompt and seed of its own."""
+    def send(self, worn: Sequence[AdapterFile] = (), **other: Any) -> int:
+        """An order for one picture, with prompt and seed of its own unless `other` has them."""
         number = self._sent
         self._sent += 1
         folder = self._folder / str(number)
@@ -84,8 +86,20 @@ class Painter:
             folder=folder,
             parameters=("{}",),
         )
-        self.engine.accept(number, order)
+        self.engine.accept(number, replace(order, **other))
         return number
+
+    def paint(self, orders: Sequence[dict[str, Any]]) -> list[Image.Image]:
+        """The pictures of orders, each as `send` takes it."""
+        numbers = [self.send(**order) for order in orders]
+        waiting = set(numbers)
+        while waiting:
+            waiting -= self.turn().keys()
+        pictures = []
+        for number in numbers:
+            with Image.open(self._folder / str(number) / "0.png") as picture:
+                pictures.append(picture.convert("RGB"))
+        return pictures
 
     def together(self, outfits: Sequence[Sequence[AdapterFile]]) -> None:
         """Orders that wear these, sent at once, to the last picture."""

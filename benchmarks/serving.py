@@ -10,8 +10,9 @@ memory     growth of the process while 1,000 adapters of 0.4 MB act in turn, and
 arrivals   Poisson arrivals at a share of capacity, joining between steps, beside batches that run
            to their end, and the latency of a request alone
 
-What is compared takes turns in this process; medians count. Capacity is the rate at which requests
-end that were all sent at once. `least` is what no scheduler can beat: at rate r as many as b(r)
+What is compared takes turns in this process; medians count. Capacity is taken in two ways: the rate
+at which requests end one after another, and that at which they end when all are sent at once.
+`least`, of the latter, is what no scheduler can beat: at rate r as many as b(r)
 requests are in work on average (Little), b(r) being the fewest that the denoiser finishes at this
 rate, b / f(b) = r with f(b) the seconds of its steps for b requests at once.
 """
@@ -46,6 +47,9 @@ RANK = 8
 
 def batch(painter: Painter, worn: list[AdapterFile], asked: argparse.Namespace) -> None:
     from diffusers import StableDiffusionPipeline
+    from diffusers.utils import logging
+
+    logging.set_verbosity_error()  # "no LoRA of the text encoder", at each of them
 
     base = painter.resident
     pipeline = StableDiffusionPipeline.from_pretrained(base.folder, dtype=base.dtype)
@@ -144,26 +148,32 @@ def memory(painter: Painter, folder: Path, asked: argparse.Namespace) -> None:
 
 def arrivals(painter: Painter, worn: list[AdapterFile], asked: argparse.Namespace) -> None:
     painter.together([[file] for file in worn])
-    latencies: dict[str, list[float]] = {"alone": [], "joining": [], "to the end": []}
-    capacities = []
+    alone, all_at_once = [], []
+    latencies: dict[tuple[str, str], list[float]] = {}
     for number in range(asked.rounds):
         for file in worn[:3]:
             started = time.perf_counter()
             painter.together([[file]])
-            latencies["alone"].append(time.perf_counter() - started)
+            alone.append(time.perf_counter() - started)
         started = time.perf_counter()
         painter.together([[file] for _, file in zip(range(2 * MANY), cycle(worn), strict=False)])
-        capacities.append(2 * MANY / (time.perf_counter() - started))
-        rate = asked.load * statistics.median(capacities)
-        for way in ("joining", "to the end"):
-            latencies[way] += _served(painter, worn, rate, asked.requests, number, way)
-    unloaded = statistics.median(latencies["alone"])
-    capacity = statistics.median(capacities)
-    print(f"arrivals: alone {unloaded:.2f} s, capacity {capacity:.2f} a second")
-    for way in ("joining", "to the end"):
-        p50, p95 = (statistics.quantiles(latencies[way], n=20)[place] for place in (9, 18))
-        print(f"    {way}: p50 {p50 / unloaded:.2f}, p95 {p95 / unloaded:.2f} of alone ", end="")
-        print(f"at {asked.load:g} of capacity" + (" (bar p95 2.0)" * (way == "joining")))
+        all_at_once.append(2 * MANY / (time.perf_counter() - started))
+        for kind, capacity in (
+            ("one after another", 1 / statistics.median(alone)),
+            ("all at once", statistics.median(all_at_once)),
+        ):
+            for way in ("joining", "to the end"):
+                taken = _served(painter, worn, asked.load * capacity, asked.requests, number, way)
+                latencies.setdefault((kind, way), []).extend(taken)
+    unloaded, capacity = statistics.median(alone), statistics.median(all_at_once)
+    print(
+        f"arrivals: alone {unloaded:.2f} s; capacity one after another {1 / unloaded:.2f} ", end=""
+    )
+    print(f"a second, all at once {capacity:.2f}")
+    for (kind, way), taken in latencies.items():
+        p50, p95 = (statistics.quantiles(taken, n=20)[place] for place in (9, 18))
+        print(f"    {asked.load:g} of {kind}, {way}: p50 {p50 / unloaded:.2f}, ", end="")
+        print(f"p95 {p95 / unloaded:.2f} of alone" + (" (bar p95 2.0)" * (way == "joining")))
     _print_least(painter, asked.load, capacity)
 
 
@@ -217,8 +227,9 @@ def _slot(painter: Painter, file: AdapterFile, text: Text) -> Slot:
 def _kept(painter: Painter, file: AdapterFile) -> Any:
     """The adapter from the cache, loaded if it is not there."""
     base = painter.resident
-    kept = painter.adapters.take(base, file)
-    assert kept is not None
+    taken = painter.adapters.take(base, [file])
+    assert taken is not None
+    (kept,) = taken
     adapter = kept.value.result()
     painter.adapters.of(base).give_back(kept)
     return adapter

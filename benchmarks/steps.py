@@ -116,8 +116,9 @@ def ours(run: Run) -> Step:
 
 
 def bare(run: Run) -> Step:
-    """Forward, backward and AdamW step on one batch of cached inputs, and nothing else."""
+    """Forward, backward, clipping and AdamW step on one batch of cached inputs, nothing else."""
     method = run.method()
+    trainables = [p for group in method.parameter_groups() for p in group["params"]]
     optimizer = torch.optim.AdamW(
         method.parameter_groups(), weight_decay=run.config.weight_decay, fused=True
     )
@@ -126,6 +127,7 @@ def bare(run: Run) -> Step:
     def step(number: int) -> None:
         predicted = method.module(batch.noisy, batch.timesteps, batch.text)
         method.loss(predicted, batch).backward()
+        torch.nn.utils.clip_grad_norm_(trainables, run.config.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
 

@@ -5,7 +5,7 @@ textbook  what diffusers' example scripts do in every step: open the photos, cut
           autoencoder and the text encoder, then the same forward, backward and AdamW step;
           with photos of 2048 x 2048 pixels, a third of what a phone takes
 small     the same with the demo's own photos, which are small already
-bare      forward, backward and AdamW step on one batch of cached inputs, and nothing else
+bare      forward, backward, clipping and AdamW step on one batch of cached inputs, nothing else
 
 They take turns in one process, with equal batches and threads; medians are compared.
 Bars: ours at least 2.0 times the textbook's rate, and at least 0.95 of the bare step's.

@@ -34,6 +34,7 @@ class Engine:
     zero_stage: int
     device: torch.device
     average: Average | None = None
+    fused: torch.optim.AdamW | None = None  # without ZeRO: divides gradients in its own pass
 
     def set_learning_rates(self, factor: float) -> None:
         for group, rate in zip(self.optimizer.param_groups, self.base_rates, strict=True):
@@ -59,13 +60,22 @@ class Engine:
             norm = float(
                 nn.utils.get_total_norm([p.grad for p in trainables if p.grad is not None])
             )
-            if norm > self.max_grad_norm:  # below it, clipping would multiply everything by one
-                nn.utils.clip_grads_with_norm_(trainables, self.max_grad_norm, torch.tensor(norm))
+            self._clip(trainables, norm)
             if math.isfinite(norm):
                 self._take_step()
             return norm
         self._take_step()
         return float(self.model.get_global_grad_norm())
+
+    def _clip(self, trainables: list[nn.Parameter], norm: float) -> None:
+        """To the norm asked for; below it, all would be multiplied by one."""
+        clipped = norm > self.max_grad_norm
+        if self.fused:
+            over = (norm + 1e-6) / self.max_grad_norm  # as torch.nn.utils clips
+            scale = torch.tensor(over, device=self.device) if clipped else None
+            setattr(self.fused, "grad_scale", scale)  # noqa: B010 - torch looks it up by name
+        elif clipped:
+            nn.utils.clip_grads_with_norm_(trainables, self.max_grad_norm, torch.tensor(norm))
 
     def _take_step(self) -> None:
         self.model.step()
@@ -162,6 +172,7 @@ def make_engine(
         zero_stage=zero_stage,
         device=device,
         average=average,
+        fused=optimizer if not zero_stage and isinstance(optimizer, torch.optim.AdamW) else None,
     )
     kind = accelerator.distributed_type
     if kind != DistributedType.DEEPSPEED or type(model).__name__ != "DeepSpeedEngine":

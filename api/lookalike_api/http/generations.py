@@ -140,7 +140,8 @@ async def generate(
     asked = {"generation": wanted.model_dump(mode="json")}
     answer = await run_in_threadpool(submission.submit, context, owner, key, asked, queue)
     if context.settings.sampler_url and not answer.replayed:
-        await run_in_threadpool(direct.call, context.settings.sampler_url)
+        # Not waited for: a sampler that is away must cost the client nothing.
+        asyncio.get_running_loop().run_in_executor(None, direct.call, context.settings.sampler_url)
     if query.wait:
         id = answer.body["id"]
         job = await _finished(request, context, owner, id, time.monotonic() + query.wait)

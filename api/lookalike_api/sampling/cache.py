@@ -2,7 +2,7 @@
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
@@ -41,7 +41,7 @@ class Kept(Generic[Value]):
 class Cache(Generic[Key, Source, Value]):
     """The values used last, never more than `budget` bytes of them.
 
-    `take` pins a value until `give_back`; what is not pinned makes room, the one unused for
+    `take` pins values until `give_back`; what is not pinned makes room, the one unused for
     longest first. A key is loaded once however many take it meanwhile. A value that could not be
     loaded is forgotten: whoever takes it next tries again. Safe to use from any thread.
 
@@ -69,24 +69,36 @@ class Cache(Generic[Key, Source, Value]):
                 "raise the budget in the sampler's settings."
             )
 
-    def take(self, key: Key, source: Source) -> Kept[Value] | None:
-        """The value pinned, being loaded or there; None while what is pinned leaves no room.
+    def take(self, wanted: Sequence[tuple[Key, Source]]) -> list[Kept[Value]] | None:
+        """All the values pinned, being loaded or there; none of them, and None, while what is
+        pinned leaves no room for all.
 
         What `check` refuses never has any. Raises what `size` raises.
         """
+        taken: list[Kept[Value]] = []
         with self._lock:
-            kept = self._kept.get(key)
-            if kept is not None:
-                self.counts.hits += 1
-                self._kept.move_to_end(key)
-            else:
-                kept = self._begin(key, source)
-            if kept is not None:
-                kept.pins += 1
-            return kept
+            loads = self.counts.loads
+            try:
+                for key, source in wanted:
+                    kept = self._kept.get(key)
+                    if kept is not None:
+                        self._kept.move_to_end(key)
+                    elif (kept := self._begin(key, source)) is None:
+                        break
+                    kept.pins += 1
+                    taken.append(kept)
+            finally:
+                if len(taken) < len(wanted):
+                    for kept in taken:
+                        kept.pins -= 1
+            if len(taken) < len(wanted):
+                return None
+            # Counted once all are pinned: whoever waits for room asks again and again.
+            self.counts.hits += len(taken) - (self.counts.loads - loads)
+            return taken
 
     def give_back(self, kept: Kept[Value]) -> None:
-        """Once for each `take`."""
+        """Once for each value of each `take`."""
         with self._lock:
             kept.pins -= 1
 

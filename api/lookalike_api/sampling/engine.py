@@ -140,19 +140,13 @@ class Engine:
             return None
         by_row = [file for file in order.files if acts_on_rows(file)]
         self.adapters.check(base, by_row)
-        painting = Painting(number, order, base, alone=order.alone)
-        try:
-            for file in by_row:
-                kept = self.adapters.take(base, file)
-                if kept is None:
-                    self._give_back(painting)
-                    return None
-                painting.taken.append((file, kept))
-                kept.value.add_done_callback(lambda _: self._wake())
-        except BaseException:
-            self._give_back(painting)
-            raise
-        return painting
+        kept = self.adapters.take(base, by_row)
+        if kept is None:
+            return None
+        for one in kept:
+            one.value.add_done_callback(lambda _: self._wake())
+        taken = list(zip(by_row, kept, strict=True))
+        return Painting(number, order, base, taken, alone=order.alone)
 
     def _group_loaded(self) -> None:
         for painting in [painting for painting in self._loading if painting.loaded]:

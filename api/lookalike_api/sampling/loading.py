@@ -5,11 +5,13 @@ alone in its place.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -63,13 +65,14 @@ class Adapters:
         for cache in {id(self.host): self.host, id(self.of(base)): self.of(base)}.values():
             cache.check(sources)
 
-    def take(self, base: Any, file: AdapterFile) -> Kept[RowAdapter | None] | None:
-        """Pinned, or None for as long as there is no room; see cache.py."""
-        return self.of(base).take(key_of(file, base), Wanted(file, base))
+    def take(self, base: Any, files: Sequence[AdapterFile]) -> list[Kept[RowAdapter | None]] | None:
+        """All of them pinned, or None for as long as there is no room; see cache.py."""
+        return self.of(base).take([(key_of(file, base), Wanted(file, base)) for file in files])
 
     def _copy(self, wanted: Wanted) -> RowAdapter | None:
-        kept = self.host.take(key_of(wanted.file, wanted.base), wanted)
-        assert kept is not None, "one at a time, and none is larger than the host's budget"
+        taken = self.host.take([(key_of(wanted.file, wanted.base), wanted)])
+        assert taken is not None, "one at a time, and none is larger than the host's budget"
+        (kept,) = taken
         try:
             adapter = kept.value.result()
             return adapter and adapter.to(wanted.base.device, wanted.base.dtype)
@@ -83,12 +86,28 @@ def key_of(file: AdapterFile, base: Any) -> Key:
 
 def acts_on_rows(adapter: AdapterFile) -> bool:
     """Whether the file's method acts on single rows. Raises InvalidRequest for an unsound file."""
-    acts: bool = _named(adapter, lambda: rows_of(method_of(adapter.path)) is not None)
+    acts: bool = _named(adapter, lambda: rows_of(_about(adapter).method) is not None)
     return acts
 
 
 def method_of(path: Path) -> str:
     return read_header(path).metadata.get(METHOD_KEY, "lora")
+
+
+class About(NamedTuple):
+    """elements: of its tensors, by the bytes one takes in the file"""
+
+    method: str
+    elements: Mapping[int, int]
+
+
+@lru_cache(maxsize=4096)
+def _about(adapter: AdapterFile) -> About:
+    """What the header says: asked again and again while an order waits for room."""
+    elements: Counter[int] = Counter()
+    for tensor in read_header(adapter.path).tensors.values():
+        elements[ITEM_BYTES[tensor.dtype]] += math.prod(tensor.shape)
+    return About(method_of(adapter.path), elements)
 
 
 def check(adapter: AdapterFile, base_folder: Path) -> None:
@@ -120,9 +139,9 @@ def _load(wanted: Wanted) -> RowAdapter | None:
 
 def _bytes(wanted: Wanted) -> int:
     """An upper bound."""
-    tensors = read_header(wanted.file.path).tensors.values()
     least: int = wanted.base.dtype.itemsize
-    return sum(math.prod(t.shape) * max(least, ITEM_BYTES[t.dtype]) for t in tensors)
+    elements = _about(wanted.file).elements
+    return sum(count * max(least, each) for each, count in elements.items())
 
 
 def _named(adapter: AdapterFile, look: Callable[[], Any]) -> Any:

@@ -21,6 +21,11 @@ def make(load: Any, workers: int = 4) -> Cache[str, str, str]:
     return Cache("cache", BUDGET, SIZES.__getitem__, load, ThreadPoolExecutor(workers))
 
 
+def take(cache: Cache[str, str, str], key: str) -> Kept[str] | None:
+    taken = cache.take([(key, key)])
+    return taken[0] if taken else None
+
+
 @settings(deadline=None)
 @given(st.lists(st.tuples(st.sampled_from("abcde"), st.booleans()), max_size=40))
 def test_the_budget_is_kept_and_what_is_pinned_stays_the_same(
@@ -32,7 +37,7 @@ def test_the_budget_is_kept_and_what_is_pinned_stays_the_same(
     for key, give_back in actions:
         if give_back and taken:
             cache.give_back(taken.pop(0)[1])
-        elif (kept := cache.take(key, key)) is not None:
+        elif (kept := take(cache, key)) is not None:
             taken.append((key, kept, kept.value.result()))
         else:
             others = {other for other, _, _ in taken} - {key}
@@ -40,7 +45,7 @@ def test_the_budget_is_kept_and_what_is_pinned_stays_the_same(
         assert cache.held <= BUDGET
         assert set(cache.pinned) == {key for key, _, _ in taken}
         for key, _, value in taken:
-            again = cache.take(key, key)
+            again = take(cache, key)
             assert again is not None
             assert again.value.result() is value
             cache.give_back(again)
@@ -58,7 +63,7 @@ def test_a_value_is_loaded_once_however_many_take_it_meanwhile() -> None:
 
     cache = make(load)
     with ThreadPoolExecutor(8) as threads:
-        taken = list(threads.map(lambda _: cache.take("a", "a"), range(32)))
+        taken = list(threads.map(lambda _: take(cache, "a"), range(32)))
         gate.set()
         assert {kept.value.result() for kept in taken if kept} == {"a"}
     assert loads == ["a"]
@@ -68,7 +73,7 @@ def test_a_value_is_loaded_once_however_many_take_it_meanwhile() -> None:
 def test_the_one_unused_for_longest_makes_room() -> None:
     cache = make(str)
     for key in ("a", "b", "c", "a", "d"):
-        kept = cache.take(key, key)
+        kept = take(cache, key)
         assert kept is not None
         kept.value.result()
         cache.give_back(kept)
@@ -84,7 +89,7 @@ def test_what_made_room_is_freed_at_once_and_not_when_cycles_are_collected() -> 
     cache = make(lambda key: gate.wait() and Loaded(), workers=1)
     gc.disable()
     try:
-        kept = cache.take("d", "d")
+        kept = take(cache, "d")
         gate.set()
         assert kept is not None
         loaded = weakref.ref[Any](kept.value.result())
@@ -92,7 +97,7 @@ def test_what_made_room_is_freed_at_once_and_not_when_cycles_are_collected() -> 
         cache.give_back(kept)
         del kept
         assert loaded() is not None
-        assert cache.take("e", "e") is not None
+        assert take(cache, "e") is not None
         assert loaded() is None
     finally:
         gc.enable()
@@ -108,13 +113,13 @@ def test_what_could_not_be_loaded_is_tried_again_and_pins_nothing() -> None:
         return key
 
     cache = make(load, workers=1)
-    first = cache.take("e", "e")
+    first = take(cache, "e")
     assert first is not None
     with pytest.raises(OSError, match="away"):
         first.value.result()
     cache.loaders.submit(str).result()  # its callbacks have been called
     assert (cache.held, cache.pinned, cache.counts.failures) == (0, [], 1)
-    second = cache.take("e", "e")
+    second = take(cache, "e")
     cache.give_back(first)  # late, and of no account
     assert second is not None
     assert second.value.result() == "e"
@@ -124,13 +129,13 @@ def test_what_could_not_be_loaded_is_tried_again_and_pins_nothing() -> None:
 def test_a_value_being_loaded_is_not_thrown_out_for_another() -> None:
     gate = threading.Event()
     cache = make(lambda key: gate.wait() and key)
-    kept = cache.take("d", "d")
+    kept = take(cache, "d")
     assert kept is not None
     cache.give_back(kept)  # canceled meanwhile
-    assert cache.take("c", "c") is None
+    assert take(cache, "c") is None
     gate.set()
     kept.value.result()
-    assert cache.take("c", "c") is not None
+    assert take(cache, "c") is not None
 
 
 def test_what_can_never_be_there_together_is_refused() -> None:
@@ -139,3 +144,23 @@ def test_what_can_never_be_there_together_is_refused() -> None:
     for names in ("e", "bc"):
         with pytest.raises(InvalidRequest, match="room for 4"):
             cache.check({name: name for name in names})
+
+
+def test_all_that_is_asked_for_is_pinned_or_nothing_and_hits_count_once() -> None:
+    cache = make(str)
+    held = take(cache, "d")
+    assert held is not None
+    together = [(key, key) for key in ("a", "c", "a")]
+    for _ in range(3):
+        assert cache.take(together) is None
+        assert cache.pinned == ["d"]
+    cache.give_back(held)
+    loads, hits = cache.counts.loads, cache.counts.hits
+    assert hits == 0
+    taken = cache.take(together)
+    assert taken is not None
+    assert [kept.value.result() for kept in taken] == ["a", "c", "a"]
+    assert cache.counts.loads + cache.counts.hits == loads + len(together)
+    for kept in taken:
+        cache.give_back(kept)
+    assert cache.pinned == []

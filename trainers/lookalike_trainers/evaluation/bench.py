@@ -30,7 +30,7 @@ from lookalike_trainers.launcher import Launch, launch
 from lookalike_trainers.methods.find import wear_of
 from lookalike_trainers.painting import STYLE, Style, paint
 from lookalike_trainers.rare_tokens import rare_words
-from lookalike_trainers.run_request import RunImage, RunRequest
+from lookalike_trainers.run_request import MoreSubject, RunImage, RunRequest
 
 OnMessage = Callable[[dict[str, Any]], object]
 """Called with what a training says (docs/architecture.md, run folder)."""
@@ -85,19 +85,27 @@ class Workshop:
         """What of this workshop decides a cell."""
         return {"base": self.base.fingerprint, "style": asdict(self.style)}
 
-    def train(self, contender: Contender, subject: Subject) -> Path:
+    def train(self, contender: Contender, subject: Subject, also: Sequence[Subject] = ()) -> Path:
         """The adapter's file.
+
+        Args:
+            also: more subjects that the run learns beside the first (Custom Diffusion).
 
         Raises TrainingFailed; InvalidRequest for photos that cannot be used. Interrupted, it goes
         on from its last checkpoint the next time.
         """
-        key = canonical_digest(
-            [contender.method, contender.config, subject.digest, self.base.fingerprint]
-        )
+        decides: list[JsonValue] = [
+            contender.method,
+            contender.config,
+            subject.digest,
+            self.base.fingerprint,
+            *(other.digest for other in also),
+        ]
+        key = canonical_digest(decides)
         folder = self.runs / key[:16]
         result = folder / "result"
         if not (result / "result.json").exists():
-            running = launch(self._request(contender, subject, folder, key), folder)
+            running = launch(self._request(contender, subject, also, folder, key), folder)
             try:
                 self._listen(running)
             finally:
@@ -138,7 +146,12 @@ class Workshop:
         raise TrainingFailed(f"The trainer stopped. Its log ends:\n{running.log_tail(12)}")
 
     def _request(
-        self, contender: Contender, subject: Subject, folder: Path, key: str
+        self,
+        contender: Contender,
+        subject: Subject,
+        also: Sequence[Subject],
+        folder: Path,
+        key: str,
     ) -> RunRequest:
         base, settings, noun = self.base, self.settings, subject.about.class_noun
         config = _config(contender)
@@ -155,6 +168,13 @@ class Workshop:
             base_family=base.family,
             prediction_type=base.prediction_type,
             images=_photos(subject, folder / "photos", settings),
+            also=[
+                MoreSubject(
+                    class_noun=other.about.class_noun,
+                    images=_photos(other, folder / f"photos-{number}", settings),
+                )
+                for number, other in enumerate(also, start=2)
+            ],
             cache=settings.cache,
             clip_encoder=settings.clip_encoder,
             dino_encoder=settings.dino_encoder,

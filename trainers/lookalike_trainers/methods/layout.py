@@ -88,11 +88,15 @@ def check_placed(adapter: RowAdapter) -> None:
 def hear_own_region(readers: Sequence[nn.Module], layouts: Sequence[Layout]) -> list[Any]:
     """Let cross-attention layers keep to the regions, `layouts` being one a row; gives handles."""
 
+    masks: dict[tuple[int, torch.dtype], torch.Tensor] = {}
+
     def before(
         _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         x = args[0]
-        each = [layout.heard(x.shape[1], x.dtype) for layout in layouts]
-        return args, {**kwargs, "attention_mask": torch.stack(each)}
+        asked = x.shape[1], x.dtype
+        if asked not in masks:  # the same for all layers of a level, and for every step
+            masks[asked] = torch.stack([layout.heard(*asked) for layout in layouts])
+        return args, {**kwargs, "attention_mask": masks[asked]}
 
     return [reader.register_forward_pre_hook(before, with_kwargs=True) for reader in readers]
