@@ -63,7 +63,7 @@ def learn(workshop: Workshop, method: str, steps: int, number: int, *subjects: S
     file = workshop.train(asked, first, also)
     records = [
         SubjectRecord(
-            name=subject.name,
+            name=subject.name.replace("_", "-"),
             trigger=word,
             class_noun=subject.about.class_noun,
             phrase="{trigger} {class_noun}",

@@ -8,6 +8,7 @@ from typing import Any
 import numpy
 import pytest
 import torch
+from diffusers import StableDiffusionPipeline
 
 from lookalike_api.sampling.loading import method_of
 from lookalike_api.sampling.messages import AdapterFile
@@ -15,6 +16,7 @@ from lookalike_platform.conditioning import encode
 from lookalike_platform.diffusion import denoise, noise
 from lookalike_platform.files import sha256_file
 from lookalike_platform.samplers import make_sampler
+from lookalike_registry.formats.export import export
 from lookalike_trainers.base_parts import BaseParts
 from lookalike_trainers.catalog import METHODS
 from lookalike_trainers.methods.find import wear_of
@@ -26,6 +28,7 @@ pytestmark = LIBRARY_WARNINGS
 
 WORDS = [info.name for info in METHODS if info.rows]
 WHOLE = ["dreambooth", "svdiff", "diff_fit"]
+UNKNOWN_TO_DIFFUSERS = {"ed_lora", "perfusion", "t_lora", "svdiff", "diff_fit"}
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +90,44 @@ def alone(base_folder: Path, wanted: dict[str, Any]) -> numpy.ndarray[Any, Any]:
         return pixels(parts.vae, latents)
 
 
+def in_diffusers(base_folder: Path, wanted: dict[str, Any], folder: Path) -> Any:
+    """Pixels in [0, 1] from diffusers' own pipeline with the adapter loaded its way.
+
+    What it knows nothing of is worn by the base, and the plain loop stands in for its own.
+    """
+    (file,) = wanted["adapters"]
+    method = method_of(file.path)
+    if method in UNKNOWN_TO_DIFFUSERS:
+        return alone(base_folder, wanted)
+    prompt = wanted["prompt"].replace(file.word, "<sks>") if file.word else wanted["prompt"]
+    source = base_folder
+    if method == "dreambooth":
+        source = folder / "model"
+        export(file.path, base_folder, "model", "sd1", source)
+    pipe = StableDiffusionPipeline.from_pretrained(source)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.scheduler = make_sampler(wanted["sampler"], dict(pipe.scheduler.config))
+    if method == "lora":
+        pipe.load_lora_weights(file.path.parent, weight_name=file.path.name)
+        pipe.set_adapters(pipe.get_active_adapters(), file.scale)
+    elif method != "dreambooth":
+        folder.mkdir(exist_ok=True)
+        *weights, word = export(file.path, base_folder, "diffusers", "sd1", folder).files
+        for path in weights:
+            pipe.unet.load_attn_procs(folder, weight_name=path.name, _pipeline=pipe)
+        pipe.load_textual_inversion(word)
+    return pipe(
+        prompt,
+        negative_prompt=wanted["negative_prompt"],
+        height=RESOLUTION,
+        width=RESOLUTION,
+        num_inference_steps=wanted["steps"],
+        guidance_scale=wanted["guidance_scale"],
+        generator=torch.Generator().manual_seed(wanted["seed"]),
+        output_type="pt",
+    ).images.numpy()
+
+
 def pixels(vae: Any, latents: torch.Tensor) -> numpy.ndarray[Any, Any]:
     decoded = vae.decode(latents / vae.config.scaling_factor, return_dict=False)[0]
     whole: numpy.ndarray[Any, Any] = (decoded / 2 + 0.5).clamp(0, 1).numpy()
@@ -119,17 +160,18 @@ def calls_of(engine: Orders) -> list[int]:
 
 
 @pytest.mark.usefixtures("exact")
-def test_32_orders_with_32_adapters_are_each_as_made_alone(
+def test_32_orders_with_32_adapters_are_each_as_plain_diffusers_makes_them_alone(
     engine: Orders,
     base_folder: Path,
     trained_files: dict[str, AdapterFile],
     loras: list[AdapterFile],
+    tmp_path: Path,
 ) -> None:
     files = [*trained_files.values(), *loras]
     assert len({file.digest for file in files}) == 32
     orders = [asked(number, file) for number, file in enumerate(files)]
-    for wanted, picture in zip(orders, ends(engine, orders), strict=True):
-        expected = alone(base_folder, wanted)[0]
+    for number, (wanted, picture) in enumerate(zip(orders, ends(engine, orders), strict=True)):
+        expected = in_diffusers(base_folder, wanted, tmp_path / str(number))[0]
         assert abs(picture - expected).max() <= 1e-3, wanted
         bare = ends(engine, [{**wanted, "adapters": ()}])[0]
         assert abs(picture - bare).max() > 2e-3, wanted
