@@ -3,6 +3,8 @@
     lora_unet_<module, dots as underscores>.lora_down.weight   A [rank, in] or [rank, in, k, k]
     lora_unet_<…>.lora_up.weight                               B [out, rank] or [out, rank, 1, 1]
     lora_unet_<…>.alpha                                        W' = W + (alpha / rank) B A
+    lora_unet_<…>.dora_scale                                   m [out, 1] or [out, 1, 1, 1]: the
+                                                               lengths of rows (DoRA)
     lora_te_text_model_<…>                                     lora_te1_, lora_te2_ for SDXL
 
 Underscores are in names too, so a name is only read back by knowing the base's modules. kohya names
@@ -18,12 +20,13 @@ from pathlib import Path
 
 import torch
 
-from lookalike_platform.errors import CapabilityMissing, FieldProblem, InvalidRequest
+from lookalike_platform.errors import FieldProblem, InvalidRequest
 from lookalike_registry.adapter_file import base_shapes
 from lookalike_registry.products import Product
 
 KEY = re.compile(
-    r"(?P<name>lora_(unet|te|te1|te2)_\w+)\.(?P<side>lora_down\.weight|lora_up\.weight|alpha)"
+    r"(?P<name>lora_(unet|te|te1|te2)_\w+)\."
+    r"(?P<side>lora_down\.weight|lora_up\.weight|alpha|dora_scale)"
 )
 _RESNET = {
     "conv1": "in_layers.2",
@@ -34,8 +37,10 @@ _RESNET = {
 
 
 def to_kohya(products: Mapping[str, Product], base_folder: Path) -> dict[str, torch.Tensor]:
-    """Products by `<part>.<module>`, spelled. Raises CapabilityMissing for DoRA's magnitudes.
+    """Products by `<part>.<module>`, spelled.
 
+    DoRA's lengths as LyCORIS writes them and ComfyUI reads them; diffusers leaves them out, so that
+    for it the layout of diffusers is the one to take.
     One alpha for all: diffusers loses those of single modules, by looking for them under the names
     of old files. So B makes up for modules of another rank.
     """
@@ -43,9 +48,10 @@ def to_kohya(products: Mapping[str, Product], base_folder: Path) -> dict[str, to
     alpha = Counter(len(product.down) for product in products.values()).most_common(1)[0][0]
     tensors = {}
     for name, product in products.items():
-        if product.magnitude is not None:
-            raise CapabilityMissing("DoRA in kohya's spelling: export it as diffusers")
         spelled = _spelled(name, two)
+        if product.magnitude is not None:
+            rows = (-1, *(1,) * (product.down.dim() - 1))
+            tensors[f"{spelled}.dora_scale"] = product.magnitude.reshape(rows)
         tensors[f"{spelled}.lora_down.weight"] = product.down
         tensors[f"{spelled}.lora_up.weight"] = product.up * (len(product.down) / alpha)
         tensors[f"{spelled}.alpha"] = torch.tensor(float(alpha))
@@ -79,6 +85,13 @@ def from_kohya(
         for name, found in sides.items()
         if not {"lora_down", "lora_up"} <= found.keys()
     ]
+    problems += [
+        FieldProblem(
+            name, "its dora_scale is not of the rows' lengths, [out, 1]: save it with wd_on_out"
+        )
+        for name, found in sides.items()
+        if {"lora_up", "dora_scale"} <= found.keys() and not _of_rows(found)
+    ]
     if problems:
         raise InvalidRequest(f"{filename} holds tensors that cannot be used.", problems)
     return {name: _product(found) for name, found in sides.items()}
@@ -89,7 +102,16 @@ def _product(found: Mapping[str, torch.Tensor]) -> Product:
     down, up = found["lora_down"], found["lora_up"]
     rank = len(down)
     scale = float(found["alpha"]) / rank if "alpha" in found else 1.0
-    return Product(down, up if scale == 1 else up.float() * scale)
+    lengths = found.get("dora_scale")
+    if lengths is not None:
+        # As PEFT has them: [out], of a convolution [1, out, 1, 1].
+        lengths = lengths.flatten() if down.dim() == 2 else lengths.reshape(1, -1, 1, 1)
+    return Product(down, up if scale == 1 else up.float() * scale, lengths)
+
+
+def _of_rows(found: Mapping[str, torch.Tensor]) -> bool:
+    out, lengths = len(found["lora_up"]), found["dora_scale"]
+    return lengths.shape == (out, *(1,) * (found["lora_up"].dim() - 1))
 
 
 def spellings(base_folder: Path) -> dict[str, str]:

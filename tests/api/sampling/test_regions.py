@@ -20,7 +20,7 @@ from lookalike_trainers.base_parts import BaseParts
 from lookalike_trainers.methods.find import wear_of
 from support_images import picture
 from support_methods import CARD, CPU, SIDE, trained
-from support_models import RESOLUTION
+from support_models import RESOLUTION, save_base
 from support_sampling import LIBRARY_WARNINGS, Orders, engine_of, save_adapter
 
 pytestmark = LIBRARY_WARNINGS
@@ -80,6 +80,26 @@ def test_regions_that_say_the_same_everywhere_are_the_plain_request(
     ours = painted(engine, prompt="zz", regions=same, compose=compose, **options)
     assert apart(ours, plain) <= 1
     assert apart(plain, painted(engine, prompt=prompt, **options)) > 1
+
+
+@both_ways
+def test_sdxl_has_regions_too(tmp_path: Path, compose: str) -> None:
+    base = save_base(tmp_path, "sdxl")
+    digest = save_adapter(tmp_path / "rex.safetensors", base)
+    worn = (AdapterFile("rex@1", digest, tmp_path / "rex.safetensors", 0.7),)
+    engine = engine_of(base)
+    options = {"negative_prompt": "b", "sampler": "ddim"}
+    plain = painted(engine, prompt="sks a", adapters=worn, **options)
+    halves = tuple(Region("sks a", worn, box) for box in (LEFT, RIGHT))
+    same = painted(engine, prompt="sks a", regions=halves, compose=compose, **options)
+    assert apart(same, plain) <= 1
+    bare = (halves[0], Region("sks a", (), RIGHT))
+    one = painted(engine, prompt="sks a", regions=bare, compose=compose, **options)
+    none = painted(engine, prompt="sks a", **options)
+    middle = none.shape[2] // 2
+    assert apart(one[:, :, :middle], none[:, :, :middle]) > apart(
+        one[:, :, middle:], none[:, :, middle:]
+    )
 
 
 @both_ways

@@ -52,6 +52,44 @@ def test_a_lora_paints_the_same_there_and_comes_back(base: Path, tmp_path: Path,
     assert same(we_paint(base, PROMPT, *imported([made], base, tmp_path / "back")), ours)
 
 
+def test_a_dora_in_kohyas_spelling_is_what_comfyui_computes_of_it_and_comes_back(
+    base: Path, tmp_path: Path
+) -> None:
+    file = saved(base, tmp_path / "own", "lora", dora=True, **LORA)
+    (made,) = exported(file, base, "kohya", tmp_path / "out").files
+    ours = we_paint(base, PROMPT, "lora", file)
+    assert same(we_paint(base, PROMPT, *imported([made], base, tmp_path / "back")), ours)
+
+    tensors, known = load_file(made), spellings(base)
+    pipe = pipeline(base)
+    for key in [key for key in tensors if key.endswith(".dora_scale")]:
+        stem = key.removesuffix(".dora_scale")
+        part, _, module = known[stem].partition(".")
+        model = getattr(pipe, part)
+        if part != "unet" and not hasattr(model, "encoder"):
+            model = model.text_model
+        layer = model.get_submodule(module)
+        up, down = tensors[f"{stem}.lora_up.weight"], tensors[f"{stem}.lora_down.weight"]
+        product = (up.flatten(1) @ down.flatten(1)).reshape(layer.weight.shape)
+        whole = layer.weight.data + tensors[f"{stem}.alpha"] / len(down) * product
+        lengths = whole.flatten(1).norm(dim=1).reshape(tensors[key].shape)
+        layer.weight.data = tensors[key] * whole / lengths
+    assert same(diffusers_paints(pipe, PROMPT), ours)
+
+
+def test_lengths_of_columns_are_refused_by_name(base: Path, tmp_path: Path) -> None:
+    """LyCORIS without wd_on_out: another DoRA than PEFT's."""
+    file = saved(base, tmp_path / "own", "lora", rank=2, dora=True)
+    (made,) = exported(file, base, "kohya", tmp_path / "out").files
+    tensors = load_file(made)
+    key = next(key for key in tensors if key.endswith("to_q.dora_scale"))
+    save_file(tensors | {key: torch.ones(1, len(tensors[key]))}, made)
+    with pytest.raises(InvalidRequest) as refused:
+        load([made], base)
+    assert [field.path for field in refused.value.fields] == [spellings(base)[key.split(".")[0]]]
+    assert "wd_on_out" in refused.value.fields[0].message
+
+
 @pytest.mark.parametrize("form", ["diffusers", "kohya"])
 def test_a_learned_word_paints_the_same_there_and_comes_back(
     base: Path, tmp_path: Path, form: str
@@ -269,9 +307,6 @@ def test_files_of_no_known_format_of_another_base_and_pickles_are_refused(
 
 
 def test_what_a_format_cannot_hold_is_said(base: Path, tmp_path: Path) -> None:
-    dora = saved(base, tmp_path / "dora", "lora", rank=2, dora=True)
-    with pytest.raises(CapabilityMissing, match="DoRA"):
-        exported(dora, base, "kohya", tmp_path / "out")
     with pytest.raises(CapabilityMissing, match="lora"):
         exported(saved(base, tmp_path / "full", "dreambooth"), base, "diffusers", tmp_path / "out")
 
