@@ -96,12 +96,12 @@ def pair(bench: Bench, subjects: tuple[Subject, Subject], steps: int) -> None:
 
     encoder = workshop.judges().subject[0]
 
-    def look(name: str, asked: Sequence[Order]) -> torch.Tensor:
-        wide = [{"width": 2 * side, "height": side} | order for order in asked]
-        names = "-".join(subject.name for subject in subjects)
-        return squares_of(encoder, side, bench.pictures(f"{names}/{name}", wide))
+    names = "-".join(subject.name for subject in subjects)
 
-    detectors = [Detector(encoder, side, subject) for subject in subjects]
+    def look(name: str, asked: Sequence[Order]) -> torch.Tensor:
+        return squares_of(encoder, side, bench.pictures(f"{names}/{name}", asked))
+
+    detectors = [Detector(encoder, subject) for subject in subjects]
     for detector, lora, noun in zip(detectors, loras, nouns, strict=True):
         own = look(f"solo {lora.name}", _alone(lora.called()[0], [lora]))
         detector.calibrate(own, look(f"base {noun}", _alone(noun, [])))
@@ -112,10 +112,11 @@ def pair(bench: Bench, subjects: tuple[Subject, Subject], steps: int) -> None:
     print(f"| strategy | both | {' | '.join(subject.name for subject in subjects)} |")
     print("| --- | --- | --- | --- |")
     for name, asked in rows.items():
-        seen = [detector.seen(squares) for squares in [look(name, asked)] for detector in detectors]
+        squares = look(name, [{"width": 2 * side, "height": side} | order for order in asked])
+        seen = [detector.seen(squares) for detector in detectors]
         shares = [both(*seen), *(one.any(1) for one in seen)]
         print(f"| {name} | {' | '.join(_share(share) for share in shares)} |", flush=True)
-    _sheet(bench.results, "-".join(subject.name for subject in subjects), list(rows))
+    _sheet(bench.results, names, list(rows))
 
 
 def many(bench: Bench, subjects: Sequence[Subject], steps: int) -> None:

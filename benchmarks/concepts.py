@@ -109,8 +109,7 @@ class Detector:
     base paints of its class: the threshold of highest balanced accuracy.
     """
 
-    def __init__(self, encoder: ImageEncoder, side: int, subject: Subject) -> None:
-        self._encoder, self._side = encoder, side
+    def __init__(self, encoder: ImageEncoder, subject: Subject) -> None:
         self._photos = encoder.encode_images(read_photos(subject.photos))
         self.threshold, self.hits, self.false_alarms = 0.0, 0.0, 0.0
 
@@ -120,9 +119,8 @@ class Detector:
         return flat.view(squares.shape[:2])
 
     def calibrate(self, own: torch.Tensor, of_class: torch.Tensor) -> None:
-        """By the best square of its own pictures and of those of its class, features as above."""
-        yes = self.likeness(own).amax(1)
-        no = self.likeness(of_class).amax(1)
+        """By its own pictures and those of its class, a square each, [n, 1, width]."""
+        yes, no = self.likeness(own)[:, 0], self.likeness(of_class)[:, 0]
         bounds = torch.cat([yes, no])
         right = (yes >= bounds[:, None]).double().mean(1) + (no < bounds[:, None]).double().mean(1)
         self.threshold = float(bounds[right.argmax()])

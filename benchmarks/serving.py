@@ -142,7 +142,7 @@ def memory(painter: Painter, folder: Path, asked: argparse.Namespace) -> None:
     grown = _resident_bytes() - before
     painter.adapters = whole
     on_disk = sum(file.path.stat().st_size for file in files)
-    print(f"memory: {grown / 2**20:.0f} MiB more, {held / 2**20:.0f} MiB of tensors kept, ", end="")
+    print(f"memory: {grown / 2**20:.0f} MiB more, {held / 2**20:.0f} MiB kept, ", end="")
     print(f"{on_disk / 2**20:.0f} MiB in files (bar {budget / 2**20:.0f} MiB)")
 
 

@@ -41,6 +41,7 @@ class Outcome:
     """losses: of every step. weights: digest of all trainables after every step taken here.
 
     moved: by trainable, whether it changed. adapter: digest of the file. error: what stopped it.
+    split: whether every parameter lies in shares over the processes between steps (ZeRO 3).
     """
 
     losses: list[float]
@@ -49,6 +50,7 @@ class Outcome:
     frozen_kept: bool
     adapter: str | None
     error: dict[str, Any] | None
+    split: bool
 
 
 def launch(folder: Path, scenarios: list[Scenario], world: int) -> list[dict[str, Outcome]]:
@@ -151,6 +153,7 @@ def _train(folder: Path, scenario: Scenario) -> Outcome:
     before = {name: p.detach().clone() for name, p in method.module.named_parameters()}
     # An Accelerator is one to a process; this makes room for the next run's.
     AcceleratorState._reset_state()
+    _split_small_parameters_too()
     engine = make_engine(
         method.module,
         method.parameter_groups(),
@@ -207,6 +210,7 @@ def _train(folder: Path, scenario: Scenario) -> Outcome:
             result = folder / f"{scenario.name}-{world}"
             result.mkdir()
             adapter = sha256_file(method.save(result, card))
+    split = all(hasattr(p, "ds_tensor") and not p.numel() for p in method.module.parameters())
     frozen = [n for n in before if n not in trainable and after[n].shape == before[n].shape]
     return Outcome(
         losses=losses,
@@ -215,7 +219,23 @@ def _train(folder: Path, scenario: Scenario) -> Outcome:
         frozen_kept=all(torch.equal(before[name], after[name]) for name in frozen),
         adapter=adapter,
         error=error,
+        split=split,
     )
+
+
+def _split_small_parameters_too() -> None:
+    """ZeRO 3 leaves parameters below 100,000 numbers whole: that is all of a tiny base."""
+    from lookalike_trainers import engine
+
+    asked = engine._deepspeed_config
+
+    def config(*args: Any) -> dict[str, Any]:
+        whole = asked(*args)
+        whole["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+        return whole
+
+    if asked.__name__ != "config":
+        engine._deepspeed_config = config
 
 
 def _digest(engine: Any, module: Any) -> str:

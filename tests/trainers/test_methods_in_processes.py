@@ -96,6 +96,7 @@ def test_two_processes_train_like_one_hold_the_same_weights_and_resume(
     assert len(set(first.weights)) == STEPS
     assert all(first.moved.values())
     assert first.frozen_kept
+    assert first.split == (stage == 3)
     assert first.adapter
     resumed = together[0][f"{name} {stage} resumed"]
     assert resumed.losses == first.losses

@@ -25,6 +25,8 @@ from lookalike_registry.tensor_file import METHOD_KEY
 from lookalike_trainers.methods.find import rows_of
 from lookalike_trainers.methods.row_adapter import RowAdapter
 
+AROUND_A_TENSOR = 1280  # bytes that Python, torch and the allocator keep beside its numbers
+
 Key = tuple[str, str]
 """An adapter for a base: its digest and the base's fingerprint. In memory once, whatever it is
 called, and whether or not the base has been loaded anew."""
@@ -95,9 +97,10 @@ def method_of(path: Path) -> str:
 
 
 class About(NamedTuple):
-    """elements: of its tensors, by the bytes one takes in the file"""
+    """tensors: how many; elements: of them all, by the bytes one takes in the file"""
 
     method: str
+    tensors: int
     elements: Mapping[int, int]
 
 
@@ -105,9 +108,10 @@ class About(NamedTuple):
 def _about(adapter: AdapterFile) -> About:
     """What the header says: asked again and again while an order waits for room."""
     elements: Counter[int] = Counter()
-    for tensor in read_header(adapter.path).tensors.values():
+    tensors = read_header(adapter.path).tensors.values()
+    for tensor in tensors:
         elements[ITEM_BYTES[tensor.dtype]] += math.prod(tensor.shape)
-    return About(method_of(adapter.path), elements)
+    return About(method_of(adapter.path), len(tensors), elements)
 
 
 def check(adapter: AdapterFile, base_folder: Path) -> None:
@@ -140,8 +144,9 @@ def _load(wanted: Wanted) -> RowAdapter | None:
 def _bytes(wanted: Wanted) -> int:
     """An upper bound."""
     least: int = wanted.base.dtype.itemsize
-    elements = _about(wanted.file).elements
-    return sum(count * max(least, each) for each, count in elements.items())
+    about = _about(wanted.file)
+    numbers = sum(count * max(least, each) for each, count in about.elements.items())
+    return numbers + about.tensors * AROUND_A_TENSOR
 
 
 def _named(adapter: AdapterFile, look: Callable[[], Any]) -> Any:

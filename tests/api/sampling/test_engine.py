@@ -223,7 +223,9 @@ def test_an_adapter_of_another_base_is_refused(base: Orders, tmp_path: Path) -> 
 def test_adapters_beyond_the_budget_leave_memory(
     base_folder: Path, adapters: list[AdapterFile]
 ) -> None:
-    engine = engine_of(base_folder, adapter_bytes=adapters[1].path.stat().st_size)
+    roomy = engine_of(base_folder)
+    paint(roomy, adapters[1:])  # the larger of the two
+    engine = engine_of(base_folder, adapter_bytes=roomy.engine.adapters.host.held)
     first = paint(engine, adapters[:1])
     paint(engine, adapters[1:])
     numpy.testing.assert_array_equal(paint(engine, adapters[:1]), first)
