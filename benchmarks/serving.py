@@ -89,10 +89,11 @@ def rows(painter: Painter, worn: list[AdapterFile], asked: argparse.Namespace) -
     base = painter.resident
     text = _texts(painter, ROWS)
     slots = [_slot(painter, file, text[n : n + 1]) for n, file in enumerate(worn[:ROWS])]
+    bare = [Slot((), ROWS, base.edits.answers((), text.features))]
     seconds: dict[str, list[float]] = {"alone": [], "worn": []}
     with torch.inference_mode():
         for _ in range(10 * asked.rounds):
-            for way, edits in (("alone", []), ("worn", slots)):
+            for way, edits in (("alone", bare), ("worn", slots)):
                 base.edits.put_on(edits)
                 seconds[way].append(_denoise(painter, text))
     base.edits.put_on([])

@@ -28,7 +28,7 @@ class Part:
 
     worn: what the whole base wears for it
     text: for each picture the negative prompt, then for each the prompt
-    answers: what K and V say more of each of these
+    answers: what K and V say of each of these
     place: the latents whose answer is taken, ones in [height, width]; None is all
     """
 
@@ -125,8 +125,7 @@ def _side_by_side(parts: Sequence[Part], cells: torch.Tensor) -> Part:
     texts = same_depth([part.text for part in parts])
     tokens = texts[0].features.shape[-2]
     answers = {
-        name: torch.cat(_filled([part.answers.get(name) for part in parts], tokens), dim=1)
-        for name in dict.fromkeys(name for part in parts for name in part.answers)
+        name: torch.cat([part.answers[name] for part in parts], dim=1) for name in parts[0].answers
     }
     layout = Layout(
         cells,
@@ -141,13 +140,6 @@ def _side_by_side(parts: Sequence[Part], cells: torch.Tensor) -> Part:
         layout=layout,
         warnings=[warning for part in parts for warning in part.warnings],
     )
-
-
-def _filled(answers: Sequence[torch.Tensor | None], tokens: int) -> list[torch.Tensor]:
-    """Nothing said, [rows, tokens, out], where there is no answer."""
-    like = next(answer for answer in answers if answer is not None)
-    nothing = like.new_zeros(len(like), tokens, like.shape[-1])
-    return [nothing if answer is None else answer for answer in answers]
 
 
 def _cells(order: SampleOrder, base: ResidentBase) -> Cells:

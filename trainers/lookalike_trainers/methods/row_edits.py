@@ -5,13 +5,15 @@
 Rows that wear the same make a slot. A layer's products stand side by side, A [slots, in, R] and
 B [slots, R, out], ranks padded to R with zeros and those of one slot concatenated; scales are in
 B. Two batched products of matrices then serve all slots (Punica, Chen et al. 2023, does so for
-language models). What depends on the text alone (row_adapter.py) is computed once, by `answers`.
+language models). K and V of the cross-attention depend on the text alone: `answers` computes them
+once, with what adapters change of them (row_adapter.py), and no step asks for them again.
 M is row_masks.py's; the places matter where a picture has regions (layout.py).
 
 A batch of a single slot is changed by each product as `products.py` does it, to the bit.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
@@ -31,15 +33,16 @@ Rows = slice | torch.Tensor
 Outfit = tuple[tuple[RowAdapter, float], ...]
 """What a row wears: adapters and their scales."""
 Answers = Mapping[str, torch.Tensor]
-"""h [rows, tokens, out] by K's and V's layers."""
+"""What K's and V's layers say of a text, [rows, tokens, out] by their names."""
 Change = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """Of a layer's input x and answer y the changed answer; y may be overwritten."""
 
 
 @dataclass(frozen=True, eq=False)
 class Slot:
-    """Rows that stand together in a batch and wear the same; `RowEdits.answers` gives answers.
+    """Rows that stand together in a batch and wear the same.
 
+    answers: as `RowEdits.answers` gives them
     layout: where of a picture each adapter acts, and each token is heard; None is everywhere
     """
 
@@ -62,7 +65,7 @@ class RowEdits:
             if module in places
             for end in ("to_k", "to_v")
         }
-        self._handles: list[Any] = []
+        self._on = ExitStack()
         self._slots: list[Slot] | None = []
         self._timesteps = torch.zeros(0)
         unet.register_forward_pre_hook(self._see, with_kwargs=True)
@@ -83,18 +86,23 @@ class RowEdits:
             raise InvalidRequest("Not all of the adapter would act on this base.", unknown)
 
     def answers(self, outfit: Outfit, text: torch.Tensor) -> Answers:
-        """What an outfit adds to K and V whatever the step.
+        """K and V of a text as an outfit has them, whatever the step.
+
+        The base wears what it will wear at the steps.
 
         Args:
             text: features [rows, tokens, d], or by layer [rows, L, tokens, d].
         """
         total: dict[str, torch.Tensor] = {}
         for name, place in self._heard.items():
+            layer = self._layers[name]
             e = text[:, place] if text.dim() == 4 else text
+            # Without hooks: what others put beside the layer acts at each step.
+            said = functional.linear(e, layer.weight, layer.bias)
             for adapter, scale in outfit:
-                if (said := self._said(adapter, name, e)) is not None:
-                    change = (scale * said).to(e.dtype)
-                    total[name] = total[name] + change if name in total else change
+                if (more := self._said(adapter, name, e)) is not None:
+                    said = said + (scale * more).to(said.dtype)
+            total[name] = said
         return total
 
     def put_on(self, slots: Sequence[Slot]) -> None:
@@ -107,19 +115,22 @@ class RowEdits:
         if self._slots == list(slots):
             return
         self._slots = None  # until all of them are on
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
+        self._on.close()
         merged = _merged(slots)
         for name, layer in self._layers.items():
             changes = list(self._changes(name, layer, merged))
+            if merged and all(name in slot.answers for slot in merged):
+                said = torch.cat([slot.answers[name] for slot in merged])
+                layer.forward = _says(said, kept=bool(changes))  # goes before the class's own
+                self._on.callback(delattr, layer, "forward")
             if changes:
-                self._handles.append(layer.register_forward_hook(_hook(changes)))
+                self._on.callback(layer.register_forward_hook(_hook(changes)).remove)
         layouts = [slot.layout for slot in slots for _ in range(slot.rows) if slot.layout]
         if layouts:
             if len(layouts) < sum(slot.rows for slot in slots):
                 raise ValueError("rows with regions and rows without read texts of other lengths")
-            self._handles += hear_own_region(self._readers, layouts)
+            for handle in hear_own_region(self._readers, layouts):
+                self._on.callback(handle.remove)
         self._slots = list(slots)
 
     def _said(self, adapter: RowAdapter, name: str, e: torch.Tensor) -> torch.Tensor | None:
@@ -136,8 +147,6 @@ class RowEdits:
             yield from (self._alone(name, layer, one, slots[0]) for one in worn[0])
         elif any(worn):
             yield self._stacked(name, layer, slots, worn)
-        if any(name in slot.answers for slot in slots):
-            yield _said_too(name, layer, slots)
 
     def _worn(self, name: str, slot: Slot) -> list[Worn]:
         """The products that act at every step."""
@@ -216,18 +225,9 @@ def _hook(changes: Sequence[Change]) -> Any:
     return hook
 
 
-def _said_too(name: str, layer: Any, slots: Sequence[Slot]) -> Change:
-    if len(slots) == 1:
-        alone = slots[0].answers[name]
-        return lambda x, y: y + alone
-    where = _rows(slots, [name in slot.answers for slot in slots])
-    said = torch.cat([slot.answers[name] for slot in slots if name in slot.answers])
-
-    def change(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        y[where] += said
-        return y
-
-    return change
+def _says(said: torch.Tensor, *, kept: bool) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A layer's forward that knows the answer; `kept` from changes, which may overwrite it."""
+    return lambda e: said.clone() if kept else said
 
 
 def _linear(
