@@ -10,6 +10,7 @@ from PIL import Image
 from lookalike_platform.errors import CapabilityMissing, TrainingFailed
 from lookalike_trainers.pretrain import sources
 from lookalike_trainers.pretrain.nouns import STYLES
+from lookalike_trainers.pretrain.photos import CROPS_PER_PHOTO
 from lookalike_trainers.pretrain.scenes import load_sprites
 
 
@@ -61,7 +62,7 @@ def test_nouns_found_in_all_styles_become_cropped_sprites_and_photographs_crops(
         assert np.flatnonzero(opaque.any(0)).size == 96
         assert abs(np.flatnonzero(opaque.any(1)).size - 48) <= 2
     crops = sorted((packages / "photos").iterdir())
-    assert len(crops) == sources.CROPS_PER_PHOTO  # the icon is too small to be one
+    assert len(crops) == CROPS_PER_PHOTO  # the icon is too small to be one
     with Image.open(crops[0]) as crop:
         assert crop.size == (96, 96)
 

@@ -129,13 +129,6 @@ def test_a_trained_autoencoders_latents_are_scaled_to_unit_variance(
     assert written["scaling_factor"] == vae.config.scaling_factor
 
 
-def test_no_photograph_is_on_both_sides_of_the_split() -> None:
-    crops = [np.full((1, 1, 3), photo, np.uint8) for photo in range(45) for _ in range(6)]
-    kept, held = autoencoder.split_photos(crops)
-    assert {int(c[0, 0, 0]) for c in held} == {0, 20, 40}
-    assert {int(c[0, 0, 0]) for c in kept} == set(range(45)) - {0, 20, 40}
-
-
 def test_edge_loss_sees_edges_and_not_brightness() -> None:
     a = torch.zeros(1, 3, 8, 8)
     assert edge_loss(a, a + 0.3) == pytest.approx(0, abs=1e-12)

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -27,8 +26,7 @@ from lookalike_trainers.pretrain.runs import (
     load_checkpoint,
     save_checkpoint,
 )
-from lookalike_trainers.pretrain.scenes import SIZE, Mix, Sprites
-from lookalike_trainers.pretrain.sources import CROPS_PER_PHOTO
+from lookalike_trainers.pretrain.scenes import Mix, Sprites
 
 
 @dataclass(frozen=True)
@@ -45,24 +43,6 @@ class AutoencoderConfig:
     checkpoint_every: int = 250
     decoder_only: bool = False
     seed: int = 0
-
-
-def load_photos(data: Path) -> list[NDArray[np.uint8]]:
-    """The photograph crops of the data folder, RGB [64, 64, 3], in name order."""
-    photos = []
-    for path in sorted((data / "photos").glob("*.jpg")):
-        with Image.open(path) as picture:
-            photos.append(np.asarray(picture.convert("RGB").resize((SIZE, SIZE))))
-    return photos
-
-
-def split_photos(
-    photos: list[NDArray[np.uint8]],
-) -> tuple[list[NDArray[np.uint8]], list[NDArray[np.uint8]]]:
-    """Training and held-out crops: all crops of every twentieth photograph are kept out."""
-    held = [i // CROPS_PER_PHOTO % 20 == 0 for i in range(len(photos))]
-    kept = [photo for photo, out in zip(photos, held, strict=True) if not out]
-    return kept, [photo for photo, out in zip(photos, held, strict=True) if out]
 
 
 def edge_loss(a: Tensor, b: Tensor) -> Tensor:

@@ -75,18 +75,14 @@ def autoencoder(
     decoder_only: Annotated[bool, typer.Option(help="Keep the latent space as it is.")] = False,
 ) -> None:
     """Train the autoencoder on composites and photographs."""
-    from lookalike_trainers.pretrain.autoencoder import (
-        AutoencoderConfig,
-        load_photos,
-        split_photos,
-        train,
-    )
+    from lookalike_trainers.pretrain.autoencoder import AutoencoderConfig, train
     from lookalike_trainers.pretrain.latents import training_pairs
     from lookalike_trainers.pretrain.models import load_vae
+    from lookalike_trainers.pretrain.photos import load_crops, split_crops
     from lookalike_trainers.pretrain.scenes import load_sprites
 
     nouns = _nouns(data)
-    photos, _ = split_photos(load_photos(data))
+    photos, _ = split_crops(load_crops(data / "photos"))
     config = AutoencoderConfig(steps=steps, decoder_only=decoder_only)
     sprites = load_sprites(data, nouns)
     train(load_vae(_folder(start)), training_pairs(nouns), sprites, photos, run, config)
@@ -166,15 +162,15 @@ def evaluate(
     from rich.console import Console
     from rich.table import Table
 
-    from lookalike_trainers.pretrain.autoencoder import load_photos, split_photos
     from lookalike_trainers.pretrain.evaluate import evaluate as measure
     from lookalike_trainers.pretrain.judge import train_judge
+    from lookalike_trainers.pretrain.photos import load_crops, split_crops
     from lookalike_trainers.pretrain.scenes import load_sprites
 
     _folder(folder)
     nouns = _nouns(data)
     sprites = load_sprites(data, nouns)
-    _, photos = split_photos(load_photos(data))
+    _, photos = split_crops(load_crops(data / "photos"))
     judge = train_judge(nouns, sprites, run, steps=judge_steps)
     bars = measure(folder, judge, nouns, sprites, photos, prompts=prompts)
 

@@ -24,6 +24,7 @@ from PIL import Image
 
 from lookalike_platform.errors import CapabilityMissing, TrainingFailed
 from lookalike_trainers.pretrain.nouns import STYLES, held_out_nouns, label, training_nouns
+from lookalike_trainers.pretrain.photos import distinct, save_crops
 
 NPM_PACKAGES = {
     "fluent": "@lobehub/fluent-emoji-3d@1.1.0",
@@ -37,8 +38,6 @@ DEBIAN_PACKAGES = (
     "tuxpaint-stamps-default",
 )
 SPRITE_SIZE = 96
-PHOTO_SIZE = 96
-CROPS_PER_PHOTO = 6
 
 
 def fetch(data: Path) -> None:
@@ -102,9 +101,7 @@ def prepare(data: Path) -> None:
     (data / "nouns.json").write_text(json.dumps(found, indent=1, ensure_ascii=False))
     photos = data / "photos"
     shutil.rmtree(photos, ignore_errors=True)
-    photos.mkdir(parents=True)
-    for i, crop in enumerate(_photo_crops(data / "packages" / "debian")):
-        crop.save(photos / f"{i:05d}.jpg", quality=95)
+    save_crops(distinct(data / "packages" / "debian"), photos)
 
 
 def _hexcodes(package: Path) -> dict[str, str]:
@@ -172,27 +169,3 @@ def _save_sprite(picture: Image.Image, path: Path) -> None:
     square.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
     path.parent.mkdir(parents=True, exist_ok=True)
     square.resize((SPRITE_SIZE, SPRITE_SIZE), Image.Resampling.LANCZOS).save(path, quality=92)
-
-
-def _photo_crops(folder: Path) -> Iterator[Image.Image]:
-    """``CROPS_PER_PHOTO`` square crops of every photograph; a stamp's clear ground becomes white.
-
-    Two corners and the centre, at full and at half size, so that some crops hold fine texture.
-    """
-    for path in sorted(p for p in folder.rglob("*") if p.suffix in {".jpg", ".png"}):
-        try:
-            with Image.open(path) as opened:
-                photo = opened.convert("RGBA")
-        except OSError:
-            continue
-        if min(photo.size) < 2 * PHOTO_SIZE:
-            continue
-        ground = Image.new("RGBA", photo.size, "white")
-        rgb = Image.alpha_composite(ground, photo).convert("RGB")
-        rgb.thumbnail((900, 900))
-        for scale in (1.0, 0.5):
-            side = int(min(rgb.size) * scale)
-            for x, y in ((0.0, 0.0), (0.5, 0.5), (1.0, 1.0)):
-                left, top = int((rgb.width - side) * x), int((rgb.height - side) * y)
-                crop = rgb.crop((left, top, left + side, top + side))
-                yield crop.resize((PHOTO_SIZE, PHOTO_SIZE), Image.Resampling.LANCZOS)
