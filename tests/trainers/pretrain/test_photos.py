@@ -42,6 +42,16 @@ def test_a_picture_that_is_there_in_many_files_is_one_photograph(tmp_path: Path)
     ]
 
 
+def test_photographs_of_ones_own_are_cropped_as_held_out_ones_are(tmp_path: Path) -> None:
+    photograph(tmp_path / "own/a/dusk.png", 1)
+    photograph(tmp_path / "own/b.JPEG", 2)
+    photograph(tmp_path / "own/c/icon.png", 3, side=60)
+    photos.save_crops(photos.distinct(tmp_path / "own"), tmp_path / "data")
+    own, held = photos.crops_below(tmp_path / "own"), photos.load_crops(tmp_path / "data")
+    assert len(own) == 2 * photos.CROPS_PER_PHOTO
+    assert all(np.array_equal(a, b) for a, b in zip(own, held, strict=True))
+
+
 def test_a_damaged_photograph_is_named(tmp_path: Path) -> None:
     photograph(tmp_path / "dusk.png", 1)
     whole = (tmp_path / "dusk.png").read_bytes()

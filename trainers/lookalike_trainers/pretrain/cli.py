@@ -157,22 +157,31 @@ def evaluate(
     run: Run = DEFAULT_RUN,
     prompts: Annotated[int, typer.Option(min=5)] = 500,
     judge_steps: Annotated[int, typer.Option(min=1)] = 2500,
+    photos: Annotated[
+        Path | None, typer.Option(help="Photographs never seen, in a folder and those below it.")
+    ] = None,
+    autoencoder_only: Annotated[
+        bool, typer.Option(help="Measure no painting: no judge is trained, nothing is written.")
+    ] = False,
 ) -> None:
-    """Measure the quality bars and print them."""
+    """Measure the quality bars, print them and keep them for `card`."""
     from rich.console import Console
     from rich.table import Table
 
-    from lookalike_trainers.pretrain.evaluate import evaluate as measure
+    from lookalike_trainers.pretrain.evaluate import autoencoder_bars, painting_bars
     from lookalike_trainers.pretrain.judge import train_judge
-    from lookalike_trainers.pretrain.photos import load_crops, split_crops
+    from lookalike_trainers.pretrain.photos import crops_below, load_crops, split_crops
     from lookalike_trainers.pretrain.scenes import load_sprites
 
     _folder(folder)
     nouns = _nouns(data)
     sprites = load_sprites(data, nouns)
-    _, photos = split_crops(load_crops(data / "photos"))
-    judge = train_judge(nouns, sprites, run, steps=judge_steps)
-    bars = measure(folder, judge, nouns, sprites, photos, prompts=prompts)
+    _, held = split_crops(load_crops(data / "photos"))
+    unseen = crops_below(photos) if photos else []
+    bars = autoencoder_bars(folder, nouns, sprites, held, unseen, prompts=prompts)
+    if not autoencoder_only:
+        judge = train_judge(nouns, sprites, run, steps=judge_steps)
+        bars += painting_bars(folder, judge, nouns, sprites, prompts=prompts)
 
     table = Table("figure", "measured", "demanded", "met", "real sprites", "autoencoded")
     for bar in bars:
@@ -181,8 +190,9 @@ def evaluate(
         limits = ["" if limit is None else f"{limit:.3f}" for limit in (bar.judge, bar.ceiling)]
         table.add_row(bar.name, f"{bar.measured:.3f}", demanded, met, *limits)
     Console().print(table)
-    content = {"prompts": prompts, "bars": [bar.as_dict() for bar in bars]}
-    (run / "evaluation.json").write_text(json.dumps(content, indent=1))
+    if not autoencoder_only:
+        content = {"prompts": prompts, "bars": [bar.as_dict() for bar in bars]}
+        (run / "evaluation.json").write_text(json.dumps(content, indent=1))
 
 
 @app.command()

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 from numpy.typing import NDArray
@@ -59,6 +60,13 @@ def load_crops(folder: Path) -> list[NDArray[np.uint8]]:
         with Image.open(path) as picture:
             crops.append(np.asarray(picture.convert("RGB").resize((SIZE, SIZE))))
     return crops
+
+
+def crops_below(folder: Path) -> list[NDArray[np.uint8]]:
+    """Crops of every photograph below ``folder``, through JPEG as those of the data folder are."""
+    with TemporaryDirectory() as name:
+        save_crops(photographs(folder), Path(name) / "photos")
+        return load_crops(Path(name) / "photos")
 
 
 def split_crops(
