@@ -55,8 +55,10 @@ An unsaid size and place means one large object in the middle.
 
 Fluent Emoji 3D ("a 3d render of"), © Microsoft, MIT. Noto Emoji ("a painting of"), © Google,
 Apache-2.0. Twemoji ("a flat icon of"), © Twitter and contributors, CC BY 4.0. Names:
-emojibase-data, MIT. The autoencoder also saw crops of the photographs of Debian's wallpaper
-packages and of Tux Paint's stamps, under the free licences that Debian requires.
+emojibase-data, MIT. The autoencoder also saw crops of the pictures of three Debian packages:
+plasma-workspace-wallpapers, GPL-2+; tuxpaint-stamps-default, GPL-2; lomiri-wallpapers-20.04, whose
+copyright file names the photographers and gives each photograph CC BY 4.0, CC BY-SA 3.0,
+CC BY-SA 4.0 or CC0 (the four that the package holds: CC BY-SA 3.0).
 OpenMoji was never used.
 
 ## Held out
