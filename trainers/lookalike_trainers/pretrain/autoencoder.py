@@ -23,7 +23,7 @@ from lookalike_trainers.pretrain.runs import (
     device,
     generator,
     learning_rate,
-    load_checkpoint,
+    load_unfinished,
     save_checkpoint,
 )
 from lookalike_trainers.pretrain.scenes import Mix, Sprites
@@ -76,7 +76,8 @@ def train(
     """Train to ``config.steps`` or to a signal; resume from ``run/autoencoder.pt`` if it exists.
 
     Returns the last checkpoint's state; its ``model`` is the autoencoder's state dict, and its
-    ``scaling_factor`` belongs into the autoencoder's config.
+    ``scaling_factor`` belongs into the autoencoder's config.  Raises ``Conflict`` where all the
+    steps are done.
     """
     where = device()
     vae.to(where).train()
@@ -85,7 +86,7 @@ def train(
         vae.quant_conv.requires_grad_(False)
     parameters = [p for p in vae.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=config.peak_lr, fused=True)
-    state = load_checkpoint(run / "autoencoder.pt")
+    state = load_unfinished(run / "autoencoder.pt", config.steps)
     step, losses = 0, []
     if state is not None:
         step, losses = state["step"], state["losses"]

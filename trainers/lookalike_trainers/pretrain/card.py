@@ -6,8 +6,10 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+from pydantic import BaseModel, ValidationError
 from torch import Tensor
 
+from lookalike_platform.errors import FieldProblem, InvalidRequest
 from lookalike_trainers.pretrain.latents import training_pairs
 from lookalike_trainers.pretrain.nouns import STYLES, held_out_pairs
 from lookalike_trainers.pretrain.scenes import Mix, Scene, caption, draw_scene
@@ -76,22 +78,42 @@ photographs. It exists so that a personalization platform can be tried and teste
 """
 
 
-def write_card(folder: Path, nouns: list[str], held: list[str], run: Path, notes: Path) -> None:
-    """Write README.md and held_out.json of ``folder`` from ``run/evaluation.json`` and the losses.
+class Notes(BaseModel):
+    """What no program knows of a model."""
 
-    ``notes`` is a JSON file with what no program knows: ``history`` (how the run went) and
-    ``caveat`` (what the starting weights had seen).
-    """
+    history: str
+    """How the run went."""
+
+    caveat: str
+    """What the starting weights had seen."""
+
+
+def read_notes(path: Path) -> Notes:
+    """The notes of a JSON file. Raises ``InvalidRequest`` that says what it lacks."""
+    try:
+        return Notes.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        problems = [
+            FieldProblem(".".join(map(str, problem["loc"])) or path.name, problem["msg"])
+            for problem in error.errors()
+        ]
+        raise InvalidRequest(
+            f"{path} must be JSON with the texts `history` and `caveat`.", problems
+        ) from None
+
+
+def write_card(folder: Path, nouns: list[str], held: list[str], run: Path, notes: Notes) -> None:
+    """Write README.md and held_out.json of ``folder`` from ``run/evaluation.json`` and the losses,
+    and from ``notes``."""
     evaluation = json.loads((run / "evaluation.json").read_text())
-    said = json.loads(notes.read_text())
     pairs = sorted(held_out_pairs(nouns))
     size = sum(p.stat().st_size for p in folder.rglob("*.safetensors"))
     text = CARD.format(
         megabytes=size / 2**20,
         prompts=evaluation["prompts"],
         bars="\n".join(_bar_row(bar) for bar in evaluation["bars"]),
-        history=said["history"],
-        caveat=said["caveat"],
+        history=notes.history,
+        caveat=notes.caveat,
         losses=_loss_rows(run),
         styles=", ".join(f'"{words}"' for words in STYLES.values()),
         held_nouns=len(held),

@@ -5,11 +5,12 @@ Heavy imports wait inside the commands: importing this module must not import to
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
+from pydantic import TypeAdapter, ValidationError
 
-from lookalike_platform.errors import NotFound
+from lookalike_platform.errors import InvalidRequest, NotFound, UnknownBase
 
 app = typer.Typer(help="Make the bundled base model: data, training, evaluation, model card.")
 
@@ -29,16 +30,25 @@ def _made(path: Path, how: str) -> Path:
 
 
 def _folder(start: Path) -> Path:
-    _made(
-        start / "model_index.json",
-        "name a diffusers folder, such as `lookalike pretrain text` makes",
-    )
+    advice = "name a diffusers folder, such as `lookalike pretrain text` makes"
+    _made(start / "model_index.json", advice)
+    files = [
+        "tokenizer/*",
+        *(f"{part}/config.json" for part in ("text_encoder", "unet", "vae")),
+        *(f"{part}/*.safetensors" for part in ("text_encoder", "unet", "vae")),
+    ]
+    missing = [pattern for pattern in files if not any(start.glob(pattern))]
+    if missing:
+        raise UnknownBase(f"{start} has no {', '.join(missing)}: {advice}")
     return start
 
 
-def _nouns(data: Path, part: str = "training") -> list[str]:
+def _nouns(data: Path, part: Literal["training", "held_out"] = "training") -> list[str]:
     path = _made(data / "nouns.json", "run `lookalike pretrain data` first")
-    nouns: list[str] = json.loads(path.read_text())[part]
+    try:
+        nouns = TypeAdapter(dict[str, list[str]]).validate_json(path.read_bytes())[part]
+    except (ValidationError, KeyError):
+        raise InvalidRequest(f"{path} is damaged: run `lookalike pretrain data` again") from None
     return nouns
 
 
@@ -118,7 +128,8 @@ def denoiser(
     from lookalike_trainers.pretrain.models import load_denoiser, load_tokenizer
 
     config = DenoiserConfig(steps=steps, batch_size=batch_size, peak_lr=lr)
-    cache = open_cache(_made(run / "latents", "run `lookalike pretrain latents` first"))
+    _made(run / "latents" / "captions.json", "run `lookalike pretrain latents` first")
+    cache = open_cache(run / "latents")
     train(load_denoiser(_folder(start)), load_tokenizer(start), cache, run, config)
 
 
@@ -203,16 +214,21 @@ def card(
     run: Run = DEFAULT_RUN,
 ) -> None:
     """Paint the sample grid and write the model card; needs `evaluate` and `export` before."""
-    from lookalike_trainers.pretrain.card import sample_scenes, write_card, write_samples
+    from lookalike_trainers.pretrain.card import (
+        read_notes,
+        sample_scenes,
+        write_card,
+        write_samples,
+    )
     from lookalike_trainers.pretrain.sampling import load_pipeline, sample
     from lookalike_trainers.pretrain.scenes import caption
 
     nouns = _nouns(data)
-    _made(notes, "write the `history` and the `caveat` of the model there")
+    said = read_notes(_made(notes, "write the `history` and the `caveat` of the model there"))
     _made(run / "evaluation.json", "run `lookalike pretrain evaluate` first")
     _made(run / "losses.json", "run `lookalike pretrain export` first")
     scenes = sample_scenes(nouns)
     prompts = [caption(scene) for scene in scenes]
     pictures = sample(load_pipeline(_folder(folder)), prompts, guidance=4, steps=30)
     write_samples(folder, scenes, pictures)
-    write_card(folder, nouns, _nouns(data, "held_out"), run, notes)
+    write_card(folder, nouns, _nouns(data, "held_out"), run, said)

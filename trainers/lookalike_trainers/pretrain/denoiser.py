@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lookalike_platform.errors import InvalidRequest
 from lookalike_trainers.pretrain.latents import LatentCache
 from lookalike_trainers.pretrain.runs import (
     StopSignal,
@@ -22,7 +23,7 @@ from lookalike_trainers.pretrain.runs import (
     device,
     generator,
     learning_rate,
-    load_checkpoint,
+    load_unfinished,
     save_checkpoint,
 )
 
@@ -104,7 +105,16 @@ def train(
 
     Every step's draws depend on (seed, step) alone, so a resumed run equals an uninterrupted one
     bit for bit on one machine.  Returns the last checkpoint's state.
+
+    Raises ``InvalidRequest`` where the cache does not fill a batch, ``Conflict`` where all the
+    steps are done.
     """
+    batches = len(cache.captions) // config.batch_size
+    if batches == 0:
+        raise InvalidRequest(
+            f"a batch of {config.batch_size} is more than the {len(cache.captions)} cached scenes: "
+            "give a smaller --batch-size, or cache more with `lookalike pretrain latents`"
+        )
     where = device()
     model.to(where).train()
     ema = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -115,7 +125,7 @@ def train(
         weight_decay=config.weight_decay,
         fused=True,
     )
-    state = load_checkpoint(run / "denoiser.pt")
+    state = load_unfinished(run / "denoiser.pt", config.steps)
     step, losses = 0, []
     if state is not None:
         step, losses = state["step"], state["losses"]
@@ -127,7 +137,6 @@ def train(
     tokens = tokenize(tokenizer, cache.captions).to(where)
     empty = tokenize(tokenizer, [""]).to(where)
     abar = alphas_cumprod().to(where)
-    batches = len(cache.captions) // config.batch_size
     stop, recent, started = StopSignal(), list[float](), time.monotonic()
 
     def checkpoint() -> dict[str, Any]:

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from lookalike_platform.errors import InvalidRequest
+from lookalike_platform.errors import InvalidRequest, NotFound
 from lookalike_platform.files import sha256_file
 from lookalike_trainers.pretrain.scenes import SIZE
 
@@ -63,16 +63,33 @@ def load_crops(folder: Path) -> list[NDArray[np.uint8]]:
 
 
 def crops_below(folder: Path) -> list[NDArray[np.uint8]]:
-    """Crops of every photograph below ``folder``, through JPEG as those of the data folder are."""
+    """Crops of every photograph below ``folder``, through JPEG as those of the data folder are.
+
+    Raises ``NotFound`` where there is none.
+    """
+    files = photographs(folder)
+    if not files:
+        raise NotFound(
+            f"there is no photograph in {folder}: give a folder of JPEG, PNG or WebP files of "
+            f"at least {2 * CROP_SIZE} pixels a side"
+        )
     with TemporaryDirectory() as name:
-        save_crops(photographs(folder), Path(name) / "photos")
+        save_crops(files, Path(name) / "photos")
         return load_crops(Path(name) / "photos")
 
 
 def split_crops(
     crops: list[NDArray[np.uint8]],
 ) -> tuple[list[NDArray[np.uint8]], list[NDArray[np.uint8]]]:
-    """Training and held-out crops: all crops of every twentieth photograph are kept out."""
+    """Training and held-out crops: all crops of every twentieth photograph are kept out.
+
+    Raises ``NotFound`` where there are not two photographs, one for each part.
+    """
+    if len(crops) <= CROPS_PER_PHOTO:
+        raise NotFound(
+            "the data folder has no two photographs, to train on and to hold out: run "
+            "`lookalike pretrain data` again"
+        )
     held = [i // CROPS_PER_PHOTO % 20 == 0 for i in range(len(crops))]
     kept = [crop for crop, out in zip(crops, held, strict=True) if not out]
     return kept, [crop for crop, out in zip(crops, held, strict=True) if out]

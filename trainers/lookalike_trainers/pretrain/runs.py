@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from lookalike_platform.errors import Conflict
+
 
 def save_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Let ``write`` fill a temporary name beside ``path``, fsync it, rename it over ``path``."""
@@ -30,6 +32,20 @@ def load_checkpoint(path: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    return state
+
+
+def load_unfinished(path: Path, steps: int) -> dict[str, Any] | None:
+    """The state to go on from, or None at the start.
+
+    Raises ``Conflict`` where ``steps`` steps are done: nothing would be trained.
+    """
+    state = load_checkpoint(path)
+    if state is not None and state["step"] >= steps:
+        raise Conflict(
+            f"{path} is at step {state['step']} already: give more --steps to go on, or another "
+            "--run to begin anew"
+        )
     return state
 
 

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from lookalike_platform.errors import NotFound
 from lookalike_trainers.pretrain.nouns import STYLES
 
 SIZE = 64  # pixels of a side
@@ -85,12 +86,21 @@ class Mix:
 
 
 def load_sprites(data: Path, nouns: list[str]) -> Sprites:
-    """Read ``sprites/{style}/{noun}.webp`` of the data folder."""
+    """Read ``sprites/{style}/{noun}.webp`` of the data folder.
+
+    Raises ``NotFound`` that names the sprite that is not there or no picture.
+    """
     sprites: Sprites = {}
     for style in STYLES:
         for noun in nouns:
-            with Image.open(data / "sprites" / style / f"{noun}.webp") as picture:
-                sprites[noun, style] = np.asarray(picture.convert("RGBA"))
+            path = data / "sprites" / style / f"{noun}.webp"
+            try:
+                with Image.open(path) as picture:
+                    sprites[noun, style] = np.asarray(picture.convert("RGBA"))
+            except OSError:
+                raise NotFound(
+                    f"the sprite {path} is missing or damaged: run `lookalike pretrain data` again"
+                ) from None
     return sprites
 
 
