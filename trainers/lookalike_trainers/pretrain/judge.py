@@ -101,12 +101,12 @@ def soften(x: Tensor, draw: torch.Generator) -> Tensor:
 def train_judge(
     nouns: list[str], sprites: Sprites, run: Path, *, steps: int, batch_size: int = 64
 ) -> Judge:
-    """Train to ``steps``, or read the finished judge from ``run/judge.pt``."""
+    """Train to ``steps``, or read the judge of as many steps from ``run/judge.pt``."""
     where = device()
     torch.manual_seed(0)
     judge = Judge(len(nouns)).to(where)
     state = load_checkpoint(run / "judge.pt")
-    if state is not None and state["nouns"] == nouns:
+    if state is not None and (state["nouns"], state.get("steps")) == (nouns, steps):
         judge.load_state_dict(state["model"])
         return judge.eval()
     optimizer = torch.optim.AdamW(judge.parameters(), lr=2e-3, weight_decay=0.05, fused=True)
@@ -131,5 +131,5 @@ def train_judge(
         optimizer.zero_grad()
         if (step + 1) % 100 == 0:
             print(f"judge step {step + 1} loss {loss.item():.3f}", flush=True)
-    save_checkpoint(run / "judge.pt", {"nouns": nouns, "model": judge.state_dict()})
+    save_checkpoint(run / "judge.pt", {"nouns": nouns, "steps": steps, "model": judge.state_dict()})
     return judge.eval()
