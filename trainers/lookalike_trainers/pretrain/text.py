@@ -20,7 +20,7 @@ BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 
 @dataclass(frozen=True)
 class Sizes:
-    """Widths of the networks; the defaults make 40 MB in fp16."""
+    """Widths of the networks; the defaults make 40 MiB in fp16."""
 
     text_width: int = 192
     text_layers: int = 3
