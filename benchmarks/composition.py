@@ -1,14 +1,15 @@
 """Several subjects in one picture: every strategy of docs/composition.md, measured.
 
-    python benchmarks/composition.py SUBJECTS [--pair dog duck_toy] [--steps 200]
+    python benchmarks/composition.py SUBJECTS [--pair dog duck_toy] [--steps 300]
 
-pair   two subjects, 50 prompts (25 scenes, either first), pictures twice as wide as the base's: in
-       how many both are present, apart from each other, by the evaluation's encoder. What counts as
-       present is calibrated on the adapters alone and on the base (concepts.Detector); the base's
-       own pictures of both classes say how many would count by luck.
-many   2, 4, 8 and 12 subjects merged: the share of solo likeness kept, (merged - base) over
-       (solo - base), sums over the subjects. Beyond the folder's subjects, the same with their
-       colours turned by half a circle.
+pair   two subjects, 50 prompts (25 scenes, either first): in how many pictures both are present, in
+       places of their own, by the evaluation's encoder. What counts as present is learned from
+       pictures of each subject alone by its own adapter, against those of the other and of the base
+       (concepts.Detector); the base's pictures of both classes say how many would count by luck.
+many   2, 4, 8 and 12 subjects merged: the share kept of what each adapter alone makes of the base's
+       picture, (cos(merged, solo) - cos(base, solo)) / (1 - cos(base, solo)), cosines of features
+       of pictures from the same prompt and noise, sums over the subjects. Beyond the folder's
+       subjects, the same with their colours turned by half a circle.
 
 SUBJECTS is a folder as `lookalike dreambench` reads it. What was trained or painted before is taken
 from RESULTS; there the pictures lie, and `pair.png` shows some of each row.
@@ -27,6 +28,7 @@ import torch
 from concepts import Detector, Version, both, learn, merged, squares_of
 from orders import Painter
 from PIL import Image, ImageDraw
+from torch.nn.functional import cosine_similarity
 
 from lookalike_api.sampling.messages import Region
 from lookalike_platform import bases
@@ -34,7 +36,7 @@ from lookalike_platform.settings import Settings
 from lookalike_trainers.base_parts import BaseParts
 from lookalike_trainers.evaluation.bench import Workshop
 from lookalike_trainers.evaluation.dreambench import Subject, read_subjects
-from lookalike_trainers.evaluation.measures import bootstrap, subject_fidelity
+from lookalike_trainers.evaluation.measures import bootstrap
 from lookalike_trainers.evaluation.request import SCENES as FEW_SCENES
 from lookalike_trainers.evaluation.trial import read_photos
 from lookalike_trainers.pretrain.scenes import COLOURS, PLACES
@@ -54,7 +56,9 @@ SCENES = (
 MERGES = ("weighted_sum", "ssr", "fusion", "svd", "ties", "dare_linear")
 COUNTS = (2, 4, 8, 12)
 SEEDS = (0, 1)
-SHOWN = 6  # pictures of a row in pair.png
+ENDS = ("left", "right")
+HALVES = ((0.0, 0.0, 0.5, 1.0), (0.5, 0.0, 1.0, 1.0))
+SHOWN = 10  # pictures of a row in pair.png
 
 Order = dict[str, Any]
 
@@ -78,7 +82,6 @@ class Bench:
 
 def pair(bench: Bench, subjects: tuple[Subject, Subject], steps: int) -> None:
     workshop = bench.workshop
-    side = workshop.base.resolution
     loras, customs = (
         tuple(learn(workshop, method, steps, n, one) for n, one in enumerate(subjects))
         for method in ("lora", "custom_diffusion")
@@ -95,24 +98,24 @@ def pair(bench: Bench, subjects: tuple[Subject, Subject], steps: int) -> None:
     rows["regions, latents (LoRA)"] = _regions(loras, "latents")
 
     encoder = workshop.judges().subject[0]
-
     names = "-".join(subject.name for subject in subjects)
 
     def look(name: str, asked: Sequence[Order]) -> torch.Tensor:
-        return squares_of(encoder, side, bench.pictures(f"{names}/{name}", asked))
+        return squares_of(encoder, bench.pictures(f"{names}/{name}", asked))
 
-    detectors = [Detector(encoder, subject) for subject in subjects]
-    for detector, lora, noun in zip(detectors, loras, nouns, strict=True):
-        own = look(f"solo {lora.name}", _alone(lora.called()[0], [lora]))
-        detector.calibrate(own, look(f"base {noun}", _alone(noun, [])))
+    own = [_ends(look(f"solo {one.name}", _alone(one.called()[0], [one]))) for one in loras]
+    of_base = [_ends(look(f"base {noun}", _alone(noun, []))) for noun in nouns]
+    detectors = []
+    for place, subject in enumerate(subjects):
+        detectors.append(Detector(own[place], torch.cat([own[1 - place], *of_base])))
         print(
-            f"{lora.name}: found in {detector.hits:.2f} of its own pictures, "
-            f"in {detector.false_alarms:.2f} of the base's of its class"
+            f"{subject.name}: found in {detectors[-1].hits:.2f} of pictures of its own adapter, "
+            f"in {detectors[-1].false_alarms:.2f} of others that were not learned from"
         )
     print(f"| strategy | both | {' | '.join(subject.name for subject in subjects)} |")
     print("| --- | --- | --- | --- |")
     for name, asked in rows.items():
-        squares = look(name, [{"width": 2 * side, "height": side} | order for order in asked])
+        squares = look(name, asked)
         seen = [detector.seen(squares) for detector in detectors]
         shares = [both(*seen), *(one.any(1) for one in seen)]
         print(f"| {name} | {' | '.join(_share(share) for share in shares)} |", flush=True)
@@ -127,28 +130,22 @@ def many(bench: Bench, subjects: Sequence[Subject], steps: int) -> None:
     )
     encoder = workshop.judges().subject[0]
 
-    def likeness(name: str, subject: Subject, called: str, worn: Sequence[Version]) -> float:
-        """Mean over the pictures of one subject."""
+    def features(name: str, subject: Subject, called: str, worn: Sequence[Version]) -> torch.Tensor:
         asked = [
             {"worn": [v.worn() for v in worn], "prompt": s.format(subject=called), "seed": seed}
             for s in FEW_SCENES
             for seed in SEEDS
         ]
-        pictures = encoder.encode_images(bench.pictures(f"many/{name}/{subject.name}", asked))
-        photos = encoder.encode_images(read_photos(subject.photos))
-        return float(subject_fidelity(pictures, photos).mean())
+        return encoder.encode_images(bench.pictures(f"many/{name}/{subject.name}", asked))
 
-    of_base = [likeness("base", s, s.about.class_noun, []) for s in subjects]
-    print(f"likeness of the base's pictures {_mean(of_base)}")
+    plain = [features("base", s, s.about.class_noun, []) for s in subjects]
     solo = {
-        id(versions): [
-            likeness(f"solo {version.method}", subject, version.called()[0], [version])
+        method: [
+            features(f"solo {method}", subject, version.called()[0], [version])
             for subject, version in zip(subjects, versions, strict=True)
         ]
-        for versions in (loras, customs)
+        for method, versions in (("lora", loras), ("custom_diffusion", customs))
     }
-    print(f"of each LoRA alone {_mean(solo[id(loras)])}, Custom Diffusion ", end="")
-    print(_mean(solo[id(customs)]))
     print(f"| strategy | {' | '.join(f'{n} subjects' for n in COUNTS)} |")
     print(f"| --- {'| --- ' * len(COUNTS)}|")
     for strategy in (*MERGES, "closed_form"):
@@ -159,9 +156,11 @@ def many(bench: Bench, subjects: Sequence[Subject], steps: int) -> None:
             kept = gained = 0.0
             for place in range(count):
                 called = version.called()[place]
-                found = likeness(f"{strategy}-{count}", subjects[place], called, [version])
-                kept += found - of_base[place]
-                gained += solo[id(parents)][place] - of_base[place]
+                alone = solo[parents[0].method][place]
+                found = features(f"{strategy}-{count}", subjects[place], called, [version])
+                start = float(cosine_similarity(plain[place], alone).mean())
+                kept += float(cosine_similarity(found, alone).mean()) - start
+                gained += 1 - start
             shares.append(f"{kept / gained:.2f}")
         print(f"| {strategy} | {' | '.join(shares)} |", flush=True)
 
@@ -181,7 +180,13 @@ def _orders(prompts: Sequence[str], worn: Sequence[Version], **other: Any) -> li
 
 
 def _alone(called: str, worn: Sequence[Version]) -> list[Order]:
-    return _orders([f"a {called} {scene}" for scene in SCENES for _ in range(2)], worn)
+    """To the left in one, to the right in the next."""
+    return _orders([f"a {called} on the {end} {s}" for s in SCENES for end in ENDS], worn)
+
+
+def _ends(squares: torch.Tensor) -> torch.Tensor:
+    """Of the pictures of `_alone` [n, squares, width] the squares that show it, [n, width]."""
+    return torch.where(torch.arange(len(squares))[:, None] % 2 == 0, squares[:, 0], squares[:, -1])
 
 
 def _together(called: Sequence[str], worn: Sequence[Version]) -> list[Order]:
@@ -202,8 +207,8 @@ def _regions(versions: Sequence[Version], compose: str) -> list[Order]:
     asked: list[Order] = []
     for seed, (scene, left, right) in enumerate(_prompts(versions)):
         regions = tuple(
-            Region(f"a {one.called()[0]} {scene}", (one.worn(),), box)
-            for one, box in ((left, (0.0, 0.0, 0.5, 1.0)), (right, (0.5, 0.0, 1.0, 1.0)))
+            Region(f"a {one.called()[0]} on the {end} {scene}", (one.worn(),), box)
+            for one, end, box in zip((left, right), ENDS, HALVES, strict=True)
         )
         asked.append({"prompt": scene, "seed": seed, "regions": regions, "compose": compose})
     return asked
@@ -212,10 +217,6 @@ def _regions(versions: Sequence[Version], compose: str) -> list[Order]:
 def _share(found: torch.Tensor) -> str:
     estimate = bootstrap(found.double().tolist())
     return f"{estimate.mean:.2f} ({estimate.low:.2f}–{estimate.high:.2f})"
-
-
-def _mean(values: Sequence[float]) -> str:
-    return f"{sum(values) / len(values):.3f}"
 
 
 def _sheet(results: Path, names: str, rows: Sequence[str]) -> None:
@@ -227,8 +228,8 @@ def _sheet(results: Path, names: str, rows: Sequence[str]) -> None:
     for row, name in enumerate(rows):
         draw.text((2, row * height), name, "black")
         for column in range(SHOWN):
-            # Every eighth prompt: other scenes, and with either first.
-            number = column * 8 + column % 2
+            # Every fifth prompt: other scenes, and either first.
+            number = column * 5
             with Image.open(results / "pictures" / names / name / f"{number}.png") as picture:
                 sheet.paste(picture, (column * width, row * height + 14))
     sheet.save(results / "pair.png")

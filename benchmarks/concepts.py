@@ -17,14 +17,12 @@ from lookalike_trainers.composition.request import CompositionRequest, MergeOpti
 from lookalike_trainers.evaluation.bench import Workshop, contender
 from lookalike_trainers.evaluation.dreambench import Subject
 from lookalike_trainers.evaluation.encoders import ImageEncoder
-from lookalike_trainers.evaluation.measures import cosines
-from lookalike_trainers.evaluation.trial import read_photos
 from lookalike_trainers.methods.composition import save
 from lookalike_trainers.methods.method import Card
 from lookalike_trainers.rare_tokens import rare_words
 
-STEP = 16  # pixels between the squares that are looked at
-APART = 32  # subjects are apart if their squares are: half of a square of the bundled base
+PLACES = 5  # squares that are looked at in a picture
+RIDGE = 0.1  # of the features' mean variance
 
 
 @dataclass(frozen=True)
@@ -103,44 +101,48 @@ def merged(workshop: Workshop, strategy: str, parents: Sequence[Version], folder
 
 
 class Detector:
-    """Finds a subject in pictures: some square of them is like enough its photos.
+    """Finds a subject in squares of pictures, by the evaluation's encoder.
 
-    What is enough parts best the pictures that its own adapter paints of it from those that the
-    base paints of its class: the threshold of highest balanced accuracy.
+    Which direction of its features tells the subject is learned by ridge regression, 1 and -1 as
+    targets: squares that have it, as its own adapter paints it, and squares that have not.
     """
 
-    def __init__(self, encoder: ImageEncoder, subject: Subject) -> None:
-        self._photos = encoder.encode_images(read_photos(subject.photos))
-        self.threshold, self.hits, self.false_alarms = 0.0, 0.0, 0.0
+    def __init__(self, yes: torch.Tensor, no: torch.Tensor) -> None:
+        """Squares' features [n, width]. Half of them measure how far the other half can be
+        trusted: `hits` and `false_alarms`; then all of them are learned from."""
+        self._learn(yes[::2], no[::2])
+        self.hits = float(self.seen(yes[1::2]).double().mean())
+        self.false_alarms = float(self.seen(no[1::2]).double().mean())
+        self._learn(yes, no)
 
-    def likeness(self, squares: torch.Tensor) -> torch.Tensor:
-        """Of squares' features [n, squares, width] the mean cosine to the photos [n, squares]."""
-        flat = cosines(squares.flatten(0, 1), self._photos).mean(1)
-        return flat.view(squares.shape[:2])
+    def seen(self, features: torch.Tensor) -> torch.Tensor:
+        """Where it is, [...] of features [..., width]."""
+        return (features.double() - self._middle) @ self._direction > 0
 
-    def calibrate(self, own: torch.Tensor, of_class: torch.Tensor) -> None:
-        """By its own pictures and those of its class, a square each, [n, 1, width]."""
-        yes, no = self.likeness(own)[:, 0], self.likeness(of_class)[:, 0]
-        bounds = torch.cat([yes, no])
-        right = (yes >= bounds[:, None]).double().mean(1) + (no < bounds[:, None]).double().mean(1)
-        self.threshold = float(bounds[right.argmax()])
-        self.hits = float((yes >= self.threshold).double().mean())
-        self.false_alarms = float((no >= self.threshold).double().mean())
-
-    def seen(self, squares: torch.Tensor) -> torch.Tensor:
-        """In which squares it is, [n, squares]."""
-        return self.likeness(squares) >= self.threshold
+    def _learn(self, yes: torch.Tensor, no: torch.Tensor) -> None:
+        yes, no = yes.double(), no.double()
+        self._middle = (yes.mean(0) + no.mean(0)) / 2
+        x = torch.cat([yes, no]) - self._middle
+        y = torch.cat([torch.ones(len(yes)), -torch.ones(len(no))]).double()
+        weight = torch.cat([torch.full((len(s),), 1 / len(s)) for s in (yes, no)]).double()
+        gram = (x * weight[:, None]).T @ x
+        ridge = RIDGE * gram.trace() / len(gram) * torch.eye(len(gram), dtype=gram.dtype)
+        self._direction = torch.linalg.solve(gram + ridge, (x * weight[:, None]).T @ y)
 
 
-def squares_of(encoder: ImageEncoder, side: int, pictures: Sequence[Image.Image]) -> torch.Tensor:
-    """Features [n, squares, width] of the squares of wide pictures, from left to right."""
-    starts = range(0, pictures[0].width - side + 1, STEP)
-    cut = [picture.crop((x, 0, x + side, side)) for picture in pictures for x in starts]
-    return encoder.encode_images(cut).unflatten(0, (len(pictures), len(starts)))
+def squares_of(encoder: ImageEncoder, pictures: Sequence[Image.Image]) -> torch.Tensor:
+    """Features [n, PLACES, width] of squares of half the side, at half height, left to right."""
+    width, height = pictures[0].size
+    side, top = width // 2, height // 4
+    starts = [place * (width - side) // (PLACES - 1) for place in range(PLACES)]
+    cut = [picture.crop((x, top, x + side, top + side)) for picture in pictures for x in starts]
+    features = encoder.encode_images(cut)
+    return features.view(len(pictures), PLACES, -1)
 
 
 def both(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-    """Of where two subjects are seen [n, squares] in which pictures [n] they stand apart."""
-    places = torch.arange(first.shape[1]) * STEP
-    apart = (places[:, None] - places[None]).abs() >= APART
+    """Of where two subjects are seen [n, PLACES] in which pictures [n] they stand apart: by half
+    of a square at least."""
+    places = torch.arange(PLACES)
+    apart = (places[:, None] - places[None]).abs() >= PLACES // 2
     return (first[:, :, None] & second[:, None] & apart).flatten(1).any(1)
