@@ -130,7 +130,7 @@ def test_a_stream_that_breaks_is_taken_up_without_loss_or_doubles(
         for number in range(5):
             leases.event(api.context.db, lease, "metrics", {"n": number})
         leases.succeed(api.context.db, lease, {})
-        whole = look._stream
+        whole = look._api.stream
 
         def breaking(path: str, after: int) -> Any:
             for number, event in enumerate(whole(path, after)):
@@ -138,7 +138,7 @@ def test_a_stream_that_breaks_is_taken_up_without_loss_or_doubles(
                     raise httpx.ReadError("connection reset")
                 yield event
 
-        monkeypatch.setattr(look, "_stream", breaking)
+        monkeypatch.setattr(look._api, "stream", breaking)
         seen = [event["seq"] for event in look.events(job_id)]
     assert len(seen) == 8
     assert seen == sorted(set(seen))

@@ -1,36 +1,17 @@
-"""Python client of the HTTP API.
-
-    with Client("http://127.0.0.1:8760") as look:
-        photos = look.add_subject_set("photos/", class_noun="dog")
-        job = look.train(photos["id"], concept="rex")
-        look.wait(job["id"], on_progress=print)
-        picture = look.generate("<rex> on the moon", adapters=["rex"], wait=60)
-        look.save_images(picture, "out/")
-
-Answers are the API's JSON objects as dictionaries. Every error the API reports is raised as the
-LookalikeError it was on the server, with its field paths.
-"""
+"""The client's calls, by what they are about."""
 
 import json
-import mimetypes
-import re
 import tempfile
-import time
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import IO, Any, Self
+from typing import Any, Self
 
-import httpx
-
-from lookalike_platform import errors
-from lookalike_platform.errors import FieldProblem, InvalidRequest, LookalikeError
-
-Json = dict[str, Any]
-
-FINAL_STATES = frozenset({"succeeded", "failed", "canceled"})
-PHOTO_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp"})
+from lookalike_api.client.connection import Connection, Json, error_from
+from lookalike_api.client.following import follow
+from lookalike_api.client.photos import media_type, name_of, photos_of
+from lookalike_platform.errors import InvalidRequest
 
 
 class Client:
@@ -51,11 +32,10 @@ class Client:
     ) -> None:
         self.url = url.rstrip("/")
         self.patience = patience
-        # Lookalike's API is asked directly: no proxy of the environment stands in between.
-        self._http = httpx.Client(base_url=self.url, timeout=timeout, trust_env=False)
+        self._api = Connection(self.url, timeout)
 
     def close(self) -> None:
-        self._http.close()
+        self._api.close()
 
     def __enter__(self) -> Self:
         return self
@@ -77,9 +57,9 @@ class Client:
 
         A folder's `photo.txt` beside `photo.jpg` is its caption, unless `captions` names it.
         """
-        files, found = _photos(photos)
+        files, found = photos_of(photos)
         fields = {
-            "name": name or _name_of(photos),
+            "name": name or name_of(photos),
             "class_noun": class_noun,
             "captions": json.dumps({**found, **(captions or {})}),
         }
@@ -87,24 +67,24 @@ class Client:
             parts = [
                 (
                     "archive" if file.suffix.lower() == ".zip" else "images",
-                    (file.name, opened.enter_context(file.open("rb")), _media_type(file)),
+                    (file.name, opened.enter_context(file.open("rb")), media_type(file)),
                 )
                 for file in files
             ]
-            return self._json("POST", "/v1/subject-sets", data=fields, files=parts)
+            return self._api.json("POST", "/v1/subject-sets", data=fields, files=parts)
 
     def subject_sets(self) -> Iterator[Json]:
-        return self._pages("/v1/subject-sets")
+        return self._api.pages("/v1/subject-sets")
 
     def subject_set(self, set_id: str) -> Json:
-        return self._json("GET", f"/v1/subject-sets/{set_id}")
+        return self._api.json("GET", f"/v1/subject-sets/{set_id}")
 
     def subject_image(self, set_id: str, position: int) -> bytes:
         """One accepted photo as the trainer sees it: PNG bytes."""
-        return self._send("GET", f"/v1/subject-sets/{set_id}/images/{position}").content
+        return self._api.send("GET", f"/v1/subject-sets/{set_id}/images/{position}").content
 
     def delete_subject_set(self, set_id: str) -> None:
-        self._send("DELETE", f"/v1/subject-sets/{set_id}")
+        self._api.send("DELETE", f"/v1/subject-sets/{set_id}")
 
     # Images
 
@@ -112,18 +92,18 @@ class Client:
         """Upload a picture to start from, or a mask (white where to paint)."""
         file = Path(file)
         with file.open("rb") as opened:
-            parts = {"image": (file.name, opened, _media_type(file))}
-            return self._json("POST", "/v1/images", files=parts)
+            parts = {"image": (file.name, opened, media_type(file))}
+            return self._api.json("POST", "/v1/images", files=parts)
 
     def images(self) -> Iterator[Json]:
-        return self._pages("/v1/images")
+        return self._api.pages("/v1/images")
 
     def image_file(self, image_id: str) -> bytes:
         """The image as it is kept: PNG bytes."""
-        return self._send("GET", f"/v1/images/{image_id}/file").content
+        return self._api.send("GET", f"/v1/images/{image_id}/file").content
 
     def delete_image(self, image_id: str) -> None:
-        self._send("DELETE", f"/v1/images/{image_id}")
+        self._api.send("DELETE", f"/v1/images/{image_id}")
 
     # Jobs
 
@@ -146,7 +126,7 @@ class Client:
             concept=concept,
             config=dict(config or {}),
         )
-        return self._json(
+        return self._api.json(
             "POST",
             "/v1/jobs",
             params={"dry_run": "true"} if dry_run else None,
@@ -158,17 +138,17 @@ class Client:
         self, *, state: str | None = None, kind: str | None = None, method: str | None = None
     ) -> Iterator[Json]:
         """All jobs, newest first."""
-        return self._pages("/v1/jobs", **_given(state=state, kind=kind, method=method))
+        return self._api.pages("/v1/jobs", **_given(state=state, kind=kind, method=method))
 
     def job(self, job_id: str) -> Json:
-        return self._json("GET", f"/v1/jobs/{job_id}")
+        return self._api.json("GET", f"/v1/jobs/{job_id}")
 
     def attempts(self, job_id: str) -> list[Json]:
-        return self._list(f"/v1/jobs/{job_id}/attempts")
+        return self._api.items(f"/v1/jobs/{job_id}/attempts")
 
     def cancel(self, job_id: str) -> Json:
         """Ask a job to stop: {"outcome": "canceled" | "requested" | "finished", "job": …}."""
-        return self._json("POST", f"/v1/jobs/{job_id}/cancel")
+        return self._api.json("POST", f"/v1/jobs/{job_id}/cancel")
 
     def events(self, job_id: str, *, after: int = 0) -> Iterator[Json]:
         """Follow a job's events to its end, reconnecting where the stream broke off.
@@ -177,23 +157,7 @@ class Client:
         "created_at"} once each and in order, and between them {"type": "progress", "payload":
         {"state", "step", "total", …}} snapshots, which are not kept by the server.
         """
-        last, lost_since = after, None
-        while True:
-            try:
-                for event in self._stream(f"/v1/jobs/{job_id}/events", last):
-                    lost_since = None
-                    last = event.get("seq", last)
-                    yield event
-                    if event["type"] == "state" and event["payload"]["state"] in FINAL_STATES:
-                        return
-                # An orderly end: the job is finished, or the server is going away.
-                if self._ask("GET", f"/v1/jobs/{job_id}").json()["state"] in FINAL_STATES:
-                    return
-            except httpx.TransportError as error:
-                lost_since = lost_since or time.monotonic()
-                if time.monotonic() - lost_since > self.patience:
-                    raise self._unreachable(error) from error
-            time.sleep(0.5)
+        return follow(self._api, job_id, after, self.patience)
 
     def wait(
         self,
@@ -218,34 +182,36 @@ class Client:
                 on_event(event)
         job = self.job(job_id)
         if job["state"] == "failed":
-            raise _error_from(job["error"])
+            raise error_from(job["error"])
         return job
 
     # Adapters
 
     def adapters(self) -> list[Json]:
         """Every adapter with its number of versions, newest and default version, and aliases."""
-        return list(self._pages("/v1/adapters"))
+        return list(self._api.pages("/v1/adapters"))
 
     def adapter_versions(self, name: str) -> list[Json]:
-        return self._list(f"/v1/adapters/{name}/versions")
+        return self._api.items(f"/v1/adapters/{name}/versions")
 
     def adapter_version(self, ref: str) -> Json:
         """The version that `name`, `name@alias` or `name@3` means now."""
         name, at, label = ref.partition("@")
         if not at:
-            label = self._json("GET", f"/v1/adapters/{name}")["default_version"]
+            label = self._api.json("GET", f"/v1/adapters/{name}")["default_version"]
             if label is None:
                 raise InvalidRequest(
                     f"{name} has neither a production nor a candidate version: say {name}@3."
                 )
-        return self._json("GET", f"/v1/adapters/{name}/versions/{label}")
+        return self._api.json("GET", f"/v1/adapters/{name}/versions/{label}")
 
     def set_alias(self, name: str, alias: str, version: int) -> Json:
-        return self._json("PUT", f"/v1/adapters/{name}/aliases/{alias}", json={"version": version})
+        return self._api.json(
+            "PUT", f"/v1/adapters/{name}/aliases/{alias}", json={"version": version}
+        )
 
     def delete_version(self, name: str, version: int) -> None:
-        self._send("DELETE", f"/v1/adapters/{name}/versions/{version}")
+        self._api.send("DELETE", f"/v1/adapters/{name}/versions/{version}")
 
     def download(self, ref: str, folder: str | Path) -> list[Path]:
         """Save an adapter version's files (`name`, `name@alias` or `name@3`) into a folder."""
@@ -257,7 +223,7 @@ class Client:
         for name in version["files"]:
             path = target / Path(name).name
             with path.open("wb") as file:
-                self._fetch(f"{at}/{name}", file)
+                self._api.fetch(f"{at}/{name}", file)
             saved.append(path)
         return saved
 
@@ -276,7 +242,7 @@ class Client:
         wanted = {"format": form} | ({"rank": rank} if rank else {})
         target = Path(folder)
         with tempfile.TemporaryFile() as file:
-            headers = self._fetch(at, file, params=wanted, timeout=300.0)
+            headers = self._api.fetch(at, file, params=wanted, timeout=300.0)
             with zipfile.ZipFile(file) as archive:
                 saved = [Path(archive.extract(name, target)) for name in archive.namelist()]
         return saved, float(headers["Lookalike-Left-Out"])
@@ -299,7 +265,7 @@ class Client:
                 ("files", (Path(file).name, opened.enter_context(Path(file).open("rb"))))
                 for file in files
             ]
-            return self._json("POST", "/v1/imports", data=fields, files=parts, timeout=300.0)
+            return self._api.json("POST", "/v1/imports", data=fields, files=parts, timeout=300.0)
 
     # Pictures
 
@@ -365,13 +331,13 @@ class Client:
             deterministic=deterministic,
             deadline_seconds=deadline_seconds,
         )
-        return self._json(
+        return self._api.json(
             "POST",
             "/v1/generations",
             params={"wait": wait} if wait else None,
             headers=_given(**{"Idempotency-Key": idempotency_key}),
             json=body,
-            timeout=self._http.timeout.read + wait if self._http.timeout.read else None,
+            timeout=self._api.timeout + wait,
         )
 
     def _region(self, region: Mapping[str, Any]) -> Json:
@@ -386,11 +352,11 @@ class Client:
         return uploaded
 
     def generation(self, generation_id: str) -> Json:
-        return self._json("GET", f"/v1/generations/{generation_id}")
+        return self._api.json("GET", f"/v1/generations/{generation_id}")
 
     def image(self, generation_id: str, index: int = 0) -> bytes:
         """One picture: PNG bytes with their parameters in a text chunk."""
-        return self._send("GET", f"/v1/generations/{generation_id}/images/{index}").content
+        return self._api.send("GET", f"/v1/generations/{generation_id}/images/{index}").content
 
     def save_images(self, generation: Json, folder: str | Path) -> list[Path]:
         """Write a finished generation's pictures as `<id>-0.png`, `<id>-1.png`, …"""
@@ -431,10 +397,10 @@ class Client:
             seed=seed,
         )
         headers = _given(**{"Idempotency-Key": idempotency_key})
-        return self._json("POST", "/v1/evaluations", headers=headers, json=body)
+        return self._api.json("POST", "/v1/evaluations", headers=headers, json=body)
 
     def evaluation(self, evaluation_id: str) -> Json:
-        return self._json("GET", f"/v1/evaluations/{evaluation_id}")
+        return self._api.json("GET", f"/v1/evaluations/{evaluation_id}")
 
     # Compositions
 
@@ -461,23 +427,23 @@ class Client:
             options=None if options is None else dict(options),
         )
         headers = _given(**{"Idempotency-Key": idempotency_key})
-        return self._json("POST", "/v1/compositions", headers=headers, json=body)
+        return self._api.json("POST", "/v1/compositions", headers=headers, json=body)
 
     def composition_rules(self) -> Json:
         """What combines with what, how, and why not."""
-        return self._json("GET", "/v1/compositions/rules")
+        return self._api.json("GET", "/v1/compositions/rules")
 
     # What is there
 
     def base_models(self) -> list[Json]:
-        return self._list("/v1/base-models")
+        return self._api.items("/v1/base-models")
 
     def methods(self) -> list[Json]:
         """Training methods with the JSON schema of their config."""
-        return self._list("/v1/methods")
+        return self._api.items("/v1/methods")
 
     def samplers(self) -> list[Json]:
-        return self._list("/v1/samplers")
+        return self._api.items("/v1/samplers")
 
     def ready(self) -> Json:
         """What the API knows about its database, broker and workers.
@@ -485,69 +451,7 @@ class Client:
         Raises:
             LookalikeError: the API does not answer, or is not ready and says why.
         """
-        return self._json("GET", "/readyz")
-
-    # Talking HTTP
-
-    def _list(self, path: str) -> list[Json]:
-        items: list[Json] = self._json("GET", path)["items"]
-        return items
-
-    def _pages(self, path: str, **filters: str) -> Iterator[Json]:
-        params = dict(filters)
-        while True:
-            page = self._json("GET", path, params=params)
-            yield from page["items"]
-            if page["next_cursor"] is None:
-                return
-            params["cursor"] = page["next_cursor"]
-
-    def _json(self, method: str, path: str, **kwargs: Any) -> Json:
-        answer: Json = self._send(method, path, **kwargs).json()
-        return answer
-
-    def _send(self, method: str, path: str, **kwargs: Any) -> httpx.Response:
-        try:
-            return self._ask(method, path, **kwargs)
-        except httpx.TransportError as error:
-            raise self._unreachable(error) from error
-
-    def _fetch(self, path: str, file: IO[bytes], **kwargs: Any) -> httpx.Headers:
-        """Write an answer into the file as it comes: weights may be larger than memory."""
-        try:
-            with self._http.stream("GET", path, **kwargs) as response:
-                if response.is_error:
-                    response.read()
-                    raise _error_of(response)
-                for piece in response.iter_bytes():
-                    file.write(piece)
-                return response.headers
-        except httpx.TransportError as error:
-            raise self._unreachable(error) from error
-
-    def _ask(self, method: str, path: str, **kwargs: Any) -> httpx.Response:
-        response = self._http.request(method, path, **kwargs)
-        if response.is_error:
-            raise _error_of(response)
-        return response
-
-    def _stream(self, path: str, after: int) -> Iterator[Json]:
-        headers = {"Accept": "text/event-stream", "Last-Event-ID": str(after)}
-        # The server sends a heartbeat every 15 s: a silence of 45 s is a dead connection.
-        with self._http.stream("GET", path, headers=headers, timeout=45.0) as response:
-            if response.is_error:
-                response.read()
-                raise _error_of(response)
-            for line in response.iter_lines():
-                # Every event's JSON fits in one data line; ids and types are inside it too.
-                if line.startswith("data:"):
-                    yield json.loads(line.removeprefix("data:"))
-
-    def _unreachable(self, error: Exception) -> LookalikeError:
-        return LookalikeError(
-            f"The Lookalike API at {self.url} does not answer ({error}). "
-            "Start it with `lookalike up`, or give the URL where it runs."
-        )
+        return self._api.json("GET", "/readyz")
 
 
 def _uses(adapters: Sequence[str | Mapping[str, Any]]) -> list[Json]:
@@ -556,57 +460,3 @@ def _uses(adapters: Sequence[str | Mapping[str, Any]]) -> list[Json]:
 
 def _given(**values: Any) -> Json:
     return {key: value for key, value in values.items() if value is not None}
-
-
-def _error_of(response: httpx.Response) -> LookalikeError:
-    if response.headers.get("content-type", "").startswith("application/problem+json"):
-        return _error_from(response.json())
-    return LookalikeError(
-        f"{response.url} answered {response.status_code} without saying why: "
-        "is this the URL of a Lookalike API?"
-    )
-
-
-def _error_from(problem: Mapping[str, Any]) -> LookalikeError:
-    """The LookalikeError that `problem` (RFC 9457) was made from."""
-    slug = str(problem.get("type", "")).removeprefix("urn:lookalike:problem:")
-    known = {
-        kind.slug: kind
-        for kind in vars(errors).values()
-        if isinstance(kind, type) and issubclass(kind, LookalikeError)
-    }
-    fields = [FieldProblem(f["path"], f["message"]) for f in problem.get("errors", [])]
-    detail = problem.get("detail") or problem.get("title") or "The API gave no reason."
-    return known.get(slug, LookalikeError)(detail, fields)
-
-
-def _photos(photos: str | Path | Iterable[str | Path]) -> tuple[list[Path], dict[str, str]]:
-    """The files to upload and the captions lying beside them."""
-    if not isinstance(photos, (str, Path)):
-        return [Path(photo) for photo in photos], {}
-    path = Path(photos)
-    if path.is_file():
-        return [path], {}
-    if not path.is_dir():
-        raise InvalidRequest(f"{path} is not here: give a folder of photos, or a zip file.")
-    files = sorted(file for file in path.iterdir() if file.suffix.lower() in PHOTO_SUFFIXES)
-    if not files:
-        raise InvalidRequest(
-            f"No photos in {path}: it needs {', '.join(sorted(PHOTO_SUFFIXES))} files."
-        )
-    captions = {
-        file.name: text.read_text(encoding="utf-8").strip()
-        for file in files
-        if (text := file.with_suffix(".txt")).is_file()
-    }
-    return files, captions
-
-
-def _name_of(photos: str | Path | Iterable[str | Path]) -> str:
-    """A set's name from its folder or zip: "My Dog" is `my-dog`."""
-    named = Path(photos).absolute().stem if isinstance(photos, (str, Path)) else ""
-    return re.sub(r"[^a-z0-9]+", "-", named.lower()).strip("-")[:63] or "subject"
-
-
-def _media_type(file: Path) -> str:
-    return mimetypes.guess_type(file.name)[0] or "application/octet-stream"
