@@ -31,9 +31,8 @@ def followed(
         folder, [sys.executable, "-c", f"print({lines!r}, end='')"], env=dict(os.environ)
     )
     with held(database, lease) as hold:
-        complete = follow(
-            database, open_blobs(settings), lease, hold, running, failed=TrainingFailed
-        )
+        blobs = open_blobs(settings)
+        complete = follow(database, blobs, lease, hold, running, settings, TrainingFailed)
     events = [(e.type, e.payload) for e in look(database, job_id).events if e.type != "state"]
     return complete, events
 

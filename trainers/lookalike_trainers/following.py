@@ -37,14 +37,32 @@ def follow(
     lease: Lease,
     hold: Hold,
     running: Launch,
+    settings: Settings,
     failed: type[LookalikeError],
 ) -> bool:
     """Pass on what the run says until it ends. Whether it completed; False if it was stopped.
+
+    Nothing of its processes is left then, however this ends.
 
     Raises:
         failed: the run did.
         LeaseLost: the job is another worker's now.
     """
+    try:
+        return _pass_on(db, blobs, lease, hold, running, failed)
+    finally:
+        # A worker that shuts down has more patience.
+        running.kill(grace=settings.stop_grace_seconds if _shutting_down.is_set() else 5.0)
+
+
+def _pass_on(
+    db: Database,
+    blobs: BlobStore,
+    lease: Lease,
+    hold: Hold,
+    running: Launch,
+    failed: type[LookalikeError],
+) -> bool:
     watcher = _Watcher(hold, running)
     watcher.start()
     reporter = _Reporter(db, blobs, lease)
@@ -61,11 +79,6 @@ def follow(
     if reporter.outcome is None:
         raise failed(_why(reporter.failure, running))
     return reporter.outcome == "complete"
-
-
-def end(running: Launch, settings: Settings) -> None:
-    """See to it that nothing of the process is left; in a worker's shutdown with more patience."""
-    running.kill(grace=settings.stop_grace_seconds if _shutting_down.is_set() else 5.0)
 
 
 class _Watcher(threading.Thread):

@@ -1,7 +1,7 @@
-"""Starting a run's processes and listening to them. Torch-free: workers import it.
+"""Starting a job's processes and listening to them. Torch-free: workers import it.
 
-worker ─→ torchrun --standalone ─→ rank 0, rank 1, …
-  ↑──────── JSON lines ──────────────┘
+worker ─→ torchrun --standalone ─→ rank 0, rank 1, …      or  worker ─→ python -m MODULE
+  ↑──────── JSON lines ──────────────┘                          ↑─ JSON lines ─┘
 """
 
 import json
@@ -14,7 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
+
 from lookalike_platform.process import COMPUTE, spawn_group, stop_group
+from lookalike_trainers.composition.request import CompositionRequest
+from lookalike_trainers.evaluation.request import EvaluationRequest
 from lookalike_trainers.run_request import RunRequest
 
 log = logging.getLogger(__name__)
@@ -25,7 +29,7 @@ LOG_FILE = "log.txt"
 
 @dataclass
 class Launch:
-    """A running group of trainer processes."""
+    """A running group of processes that do one job."""
 
     popen: "subprocess.Popen[bytes]"
     folder: Path
@@ -61,14 +65,22 @@ class Launch:
 
 
 def launch(request: RunRequest, folder: Path) -> Launch:
-    """Write the request into the run folder and start the processes on it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "request.json").write_text(request.model_dump_json(indent=1))
+    """Write the request into the run folder and start a training's ranks on it."""
+    _write(request, folder)
     return start(
         folder,
         command(folder, request.num_processes),
         environment(request.device, request.num_processes),
     )
+
+
+def launch_module(
+    module: str, request: EvaluationRequest | CompositionRequest, folder: Path
+) -> Launch:
+    """Write the request into the run folder and start `python -m MODULE FOLDER` on it."""
+    _write(request, folder)
+    argv = [sys.executable, "-m", module, str(folder)]
+    return start(folder, argv, environment(request.device))
 
 
 def start(folder: Path, argv: list[str], env: dict[str, str]) -> Launch:
@@ -77,6 +89,11 @@ def start(folder: Path, argv: list[str], env: dict[str, str]) -> Launch:
     with (folder / LOG_FILE).open("ab") as errors:
         popen = spawn_group(argv, env=env, stdout=subprocess.PIPE, stderr=errors)
     return Launch(popen, folder)
+
+
+def _write(request: BaseModel, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "request.json").write_text(request.model_dump_json(indent=1))
 
 
 def command(folder: Path, num_processes: int) -> list[str]:

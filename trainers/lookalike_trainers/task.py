@@ -10,33 +10,31 @@ shutdown, finds its run folder and goes on from there; with a finished result it
 """
 
 import json
-import os
-import socket
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 from lookalike_platform.blobs import BlobStore, open_blobs
 from lookalike_platform.celery_app import app
-from lookalike_platform.db.engine import Database, open_database
+from lookalike_platform.db.engine import Database
 from lookalike_platform.errors import TrainingFailed
 from lookalike_platform.jobs import lease as leases
 from lookalike_platform.jobs.hold import Hold
 from lookalike_platform.jobs.lease import Lease
 from lookalike_platform.jobs.work import carry_out
+from lookalike_platform.jobs.worker import worker_database, worker_name
 from lookalike_platform.settings import Settings, get_settings
 from lookalike_registry.mlflow_client import warm
 from lookalike_registry.register import register
 from lookalike_trainers.assignment import Assignment, assignment, manifest, run_request
-from lookalike_trainers.following import end, follow
+from lookalike_trainers.following import follow
 from lookalike_trainers.launcher import launch
 
 
 @app.task(name="lookalike.train")
 def train(job_id: str) -> None:
     settings = get_settings()
-    worker = f"{socket.gethostname()}:{os.getpid()}"
-    run(job_id, worker, _database(settings.database_url), open_blobs(settings), settings)
+    db = worker_database(settings.database_url)
+    run(job_id, worker_name(), db, open_blobs(settings), settings)
 
 
 def run(job_id: str, worker: str, db: Database, blobs: BlobStore, settings: Settings) -> None:
@@ -64,11 +62,8 @@ def _train_and_register(
     if not summary.exists():
         warm(settings)  # MLflow gets ready while the run trains
         running = launch(run_request(job, blobs, settings), folder)
-        try:
-            if not follow(db, blobs, lease, hold, running, TrainingFailed):
-                return None
-        finally:
-            end(running, settings)
+        if not follow(db, blobs, lease, hold, running, settings, TrainingFailed):
+            return None
     leases.advance(db, lease, "registering")
     return _register(db, lease, job, folder / "result", blobs, settings)
 
@@ -98,8 +93,3 @@ def _register(
         "digest": version.digest,
         "final_loss": metrics[-1]["loss"],
     }
-
-
-@cache
-def _database(url: str) -> Database:
-    return open_database(url)

@@ -1,4 +1,6 @@
-"""How a child process of a worker says what happens: JSON lines on its standard output."""
+"""How a child process of a worker says what happens, in JSON lines on its standard output, and
+hears that it is to stop.
+"""
 
 import json
 import os
@@ -10,6 +12,7 @@ from typing import Any, NoReturn
 
 from lookalike_platform.errors import LookalikeError
 from lookalike_platform.process import die_with_parent
+from lookalike_trainers.launcher import STOP_FILE
 
 Say = Callable[[dict[str, Any]], None]
 
@@ -37,6 +40,22 @@ def carry_out(run: Callable[[Path, Say], None]) -> NoReturn:
         leave(1)
     say({"type": "done", "outcome": "complete"})
     leave(0)
+
+
+def stop_if_asked(folder: Path) -> None:
+    """Raises Stopped."""
+    if (folder / STOP_FILE).exists():
+        raise Stopped
+
+
+def teller(folder: Path, say: Say) -> Callable[[int, int], None]:
+    """Says how many steps of how many are done. Raises Stopped instead, if asked to stop."""
+
+    def tell(done: int, total: int) -> None:
+        stop_if_asked(folder)
+        say({"type": "progress", "step": done, "total": total})
+
+    return tell
 
 
 def speaker(*, aloud: bool = True) -> Say:

@@ -14,6 +14,7 @@ from lookalike_api.sampling.loading import check, method_of
 from lookalike_api.sampling.messages import AdapterFile
 from lookalike_datasets.features.text import tokenize
 from lookalike_platform.conditioning import Text, encode
+from lookalike_platform.device import device_of
 from lookalike_trainers.base_parts import spell
 from lookalike_trainers.methods.find import wear_of
 from lookalike_trainers.methods.method import TakeOff
@@ -82,9 +83,7 @@ class ResidentBase:
         diffusers_logging.disable_progress_bar()
         self.folder, self.fingerprint = folder, fingerprint
         self.cache = cache
-        self.device = torch.device(
-            ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-        )
+        self.device = device_of(device)
         self.dtype = torch.float16 if self.device.type == "cuda" else torch.float32
         pipeline = DiffusionPipeline.from_pretrained(
             folder, dtype=self.dtype, local_files_only=True, use_safetensors=True

@@ -6,8 +6,6 @@ claim → preparing → sampling ─┬→ succeeded   pictures kept as blobs
                               └→ queued      the worker shuts down
 """
 
-import os
-import socket
 import tempfile
 import threading
 import time
@@ -28,7 +26,7 @@ from lookalike_api.sampling.service import Painted, SamplerDied, SamplerService
 from lookalike_platform import bases
 from lookalike_platform.blobs import BlobStore, open_blobs
 from lookalike_platform.celery_app import app
-from lookalike_platform.db.engine import Database, open_database
+from lookalike_platform.db.engine import Database
 from lookalike_platform.db.tables import Job
 from lookalike_platform.errors import LookalikeError
 from lookalike_platform.jobs import lease as leases
@@ -36,6 +34,7 @@ from lookalike_platform.jobs.fair import claim_fairly
 from lookalike_platform.jobs.hold import Hold
 from lookalike_platform.jobs.lease import Lease
 from lookalike_platform.jobs.work import carry_out_claimed
+from lookalike_platform.jobs.worker import worker_database, worker_name
 from lookalike_platform.settings import Settings, get_settings
 
 # A job fails when so many samplers died with it in a batch, or so many before it was in one.
@@ -77,8 +76,8 @@ def _called() -> None:
 def _serve() -> None:
     """Carry out one job in this thread."""
     settings = get_settings()
-    worker = f"{socket.gethostname()}:{os.getpid()}"
-    run(worker, _database(settings.database_url), open_blobs(settings), settings, _sampler())
+    db = worker_database(settings.database_url)
+    run(worker_name(), db, open_blobs(settings), settings, _sampler())
 
 
 def run(
@@ -280,8 +279,3 @@ def _close(**_: object) -> None:
 def _sampler() -> SamplerService:
     """The worker's one sampler; started by the first job, not by the worker."""
     return SamplerService()
-
-
-@cache
-def _database(url: str) -> Database:
-    return open_database(url)

@@ -153,7 +153,7 @@ def test_a_job_that_comes_back_with_its_result_only_registers(
     with db.session() as session:
         job = session.get_one(task.Job, job_id)
         job.state, job.lease_owner = "queued", None
-    monkeypatch.setattr(task, "start", crash)
+    monkeypatch.setattr(task, "launch_module", crash)
     known = carry_out(local, db, blobs, job_id)
     assert known.job.state == "succeeded"
 
@@ -162,15 +162,15 @@ def stop_at_once(
     patch: pytest.MonkeyPatch, why: str, beside: Callable[[], object] = lambda: None
 ) -> None:
     """Ask every merge to stop as soon as its process runs, long before it has loaded anything."""
-    start = task.start
+    launch = task.launch_module
 
     def stopping(*how: Any) -> Any:
-        running = start(*how)
+        running = launch(*how)
         beside()
         running.ask_to_stop(why)
         return running
 
-    patch.setattr(task, "start", stopping)
+    patch.setattr(task, "launch_module", stopping)
     patch.setattr(task, "warm", lambda _: None)  # it would outlive the test
 
 

@@ -1,6 +1,5 @@
 """An evaluate job's ways to its end, in a process of its own as the worker starts it."""
 
-import sys
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from lookalike_platform.jobs import store
 from lookalike_platform.settings import Settings
 from lookalike_trainers.evaluation import task
 from lookalike_trainers.evaluation.request import EvaluateJob, EvaluationOptions, Pinned
-from lookalike_trainers.launcher import environment, start
+from lookalike_trainers.launcher import launch_module
 from support_images import photo
 from support_jobs import look
 from support_models import save_base
@@ -127,9 +126,7 @@ def test_an_evaluation_that_is_told_to_stop_ends_at_the_next_picture(
 ) -> None:
     job_id = submit(local, db, blobs, base)
     request = task.evaluation_request(db, job_id, blobs, local)
-    (tmp_path / "request.json").write_text(request.model_dump_json())
-    argv = [sys.executable, "-m", "lookalike_trainers.evaluation.process", str(tmp_path)]
-    running = start(tmp_path, argv, environment("cpu"))
+    running = launch_module("lookalike_trainers.evaluation.process", request, tmp_path)
     (tmp_path / "stop").touch()
     said = list(running.messages())
     assert said[-1] == {"type": "done", "outcome": "stopped"}

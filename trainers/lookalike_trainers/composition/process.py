@@ -11,8 +11,7 @@ from pathlib import Path
 from lookalike_platform.files import atomic_write, sha256_file
 from lookalike_registry.check import check_file
 from lookalike_trainers.composition.request import CompositionRequest
-from lookalike_trainers.launcher import STOP_FILE
-from lookalike_trainers.voice import Say, Stopped, carry_out
+from lookalike_trainers.voice import Say, carry_out, stop_if_asked, teller
 
 LIBRARIES = ("torch", "diffusers", "transformers", "safetensors")
 
@@ -26,26 +25,15 @@ def run(folder: Path, say: Say) -> None:
 
     import torch
 
+    from lookalike_platform.device import device_of
     from lookalike_trainers.base_parts import BaseParts
     from lookalike_trainers.composition.merging import merge
     from lookalike_trainers.methods.composition import save
     from lookalike_trainers.methods.method import Card
 
     torch.use_deterministic_algorithms(True, warn_only=True)
-    name = request.device
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
     say({"type": "stage", "stage": "composing"})
-
-    def go_on_unless_stopped() -> None:
-        if (folder / STOP_FILE).exists():
-            raise Stopped
-
-    def on_step(done: int, total: int) -> None:
-        go_on_unless_stopped()
-        say({"type": "progress", "step": done, "total": total})
-
-    parts = BaseParts(request.base_folder, torch.device(name), request.cache)
+    parts = BaseParts(request.base_folder, device_of(request.device), request.cache)
     result = folder / "result"
     result.mkdir(exist_ok=True)
     card = Card(
@@ -55,9 +43,9 @@ def run(folder: Path, say: Say) -> None:
         trigger=request.parents[0].subjects[0].trigger,
         prediction_type=request.prediction_type,
     )
-    weights = save(merge(request, parts, on_step), result, card)
+    weights = save(merge(request, parts, teller(folder, say)), result, card)
     check_file(weights, request.base_folder)
-    go_on_unless_stopped()
+    stop_if_asked(folder)
     summary = {
         "weights": weights.name,
         "weights_sha256": sha256_file(weights),

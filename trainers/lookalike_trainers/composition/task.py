@@ -10,22 +10,19 @@ that comes back with a finished result only registers.
 """
 
 import json
-import os
-import socket
-import sys
 import time
-from functools import cache
 from typing import Any
 
 from lookalike_platform.blobs import BlobStore, open_blobs
 from lookalike_platform.celery_app import app
-from lookalike_platform.db.engine import Database, open_database
+from lookalike_platform.db.engine import Database
 from lookalike_platform.db.tables import AdapterVersion, Job
 from lookalike_platform.errors import LookalikeError
 from lookalike_platform.jobs import lease as leases
 from lookalike_platform.jobs.hold import Hold
 from lookalike_platform.jobs.lease import Lease
 from lookalike_platform.jobs.work import carry_out
+from lookalike_platform.jobs.worker import worker_database, worker_name
 from lookalike_platform.settings import Settings, get_settings
 from lookalike_registry.manifest import Manifest
 from lookalike_registry.mlflow_client import warm
@@ -33,15 +30,15 @@ from lookalike_registry.register import register
 from lookalike_trainers.assignment import resolve_base
 from lookalike_trainers.composition.record import manifest
 from lookalike_trainers.composition.request import ComposeJob, CompositionRequest, ParentFile
-from lookalike_trainers.following import end, follow
-from lookalike_trainers.launcher import environment, start
+from lookalike_trainers.following import follow
+from lookalike_trainers.launcher import launch_module
 
 
 @app.task(name="lookalike.compose")
 def compose(job_id: str) -> None:
     settings = get_settings()
-    worker = f"{socket.gethostname()}:{os.getpid()}"
-    run(job_id, worker, _database(settings.database_url), open_blobs(settings), settings)
+    db = worker_database(settings.database_url)
+    run(job_id, worker_name(), db, open_blobs(settings), settings)
 
 
 def run(job_id: str, worker: str, db: Database, blobs: BlobStore, settings: Settings) -> None:
@@ -91,15 +88,9 @@ def _compose_and_register(
             cache=settings.cache,
             device=settings.device,
         )
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "request.json").write_text(request.model_dump_json(indent=1))
-        argv = [sys.executable, "-m", "lookalike_trainers.composition.process", str(folder)]
-        running = start(folder, argv, environment(settings.device))
-        try:
-            if not follow(db, blobs, lease, hold, running, LookalikeError):
-                return None
-        finally:
-            end(running, settings)
+        running = launch_module("lookalike_trainers.composition.process", request, folder)
+        if not follow(db, blobs, lease, hold, running, settings, LookalikeError):
+            return None
     leases.advance(db, lease, "registering")
     with db.read_session() as session:
         parents = [session.get_one(AdapterVersion, parent.id).manifest for parent in asked.adapters]
@@ -117,8 +108,3 @@ def _compose_and_register(
         "digest": version.digest,
         "seconds": round(time.monotonic() - started, 3),
     }
-
-
-@cache
-def _database(url: str) -> Database:
-    return open_database(url)

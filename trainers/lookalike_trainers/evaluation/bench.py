@@ -10,12 +10,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image
 from pydantic import JsonValue, ValidationError
 
 from lookalike_datasets.intake import examine
 from lookalike_platform.bases import Base
+from lookalike_platform.device import device_of
 from lookalike_platform.errors import FieldProblem, InvalidRequest, TrainingFailed
 from lookalike_platform.files import atomic_write, canonical_digest, sha256_file
 from lookalike_platform.settings import Settings
@@ -189,10 +189,7 @@ def open_workshop(base: Base, settings: Settings, runs: Path, on_message: OnMess
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    name = settings.device
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    parts = BaseParts(base.folder, torch.device(name), settings.cache)
+    parts = BaseParts(base.folder, device_of(settings.device), settings.cache)
     return Workshop(base, parts, settings, runs, on_message)
 
 

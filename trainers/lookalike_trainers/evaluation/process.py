@@ -8,8 +8,7 @@ from pathlib import Path
 
 from lookalike_platform.files import atomic_write
 from lookalike_trainers.evaluation.request import EvaluationRequest
-from lookalike_trainers.launcher import STOP_FILE
-from lookalike_trainers.voice import Say, Stopped, carry_out
+from lookalike_trainers.voice import Say, carry_out, teller
 
 
 def run(folder: Path, say: Say) -> None:
@@ -21,22 +20,14 @@ def run(folder: Path, say: Say) -> None:
 
     import torch
 
+    from lookalike_platform.device import device_of
     from lookalike_trainers.base_parts import BaseParts
     from lookalike_trainers.evaluation.trial import evaluate
 
     torch.use_deterministic_algorithms(True, warn_only=True)
-    name = request.device
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
     say({"type": "stage", "stage": "evaluating"})
-
-    def on_picture(done: int, total: int) -> None:
-        if (folder / STOP_FILE).exists():
-            raise Stopped
-        say({"type": "progress", "step": done, "total": total})
-
-    parts = BaseParts(request.base_folder, torch.device(name), request.cache)
-    figures = evaluate(request, parts, on_picture)
+    parts = BaseParts(request.base_folder, device_of(request.device), request.cache)
+    figures = evaluate(request, parts, teller(folder, say))
     atomic_write(folder / "result.json", json.dumps(figures, indent=1))
 
 

@@ -9,35 +9,32 @@ The trainers' worker does it, in a process of its own: it has the device that tr
 """
 
 import json
-import os
 import shutil
-import socket
-import sys
 import time
-from functools import cache
 from typing import Any
 
 from lookalike_datasets import subject_sets
 from lookalike_platform.blobs import BlobStore, open_blobs
 from lookalike_platform.celery_app import app
-from lookalike_platform.db.engine import Database, open_database
+from lookalike_platform.db.engine import Database
 from lookalike_platform.db.tables import Job
 from lookalike_platform.errors import InvalidRequest, LookalikeError
 from lookalike_platform.jobs.hold import Hold
 from lookalike_platform.jobs.lease import Lease
 from lookalike_platform.jobs.work import carry_out
+from lookalike_platform.jobs.worker import worker_database, worker_name
 from lookalike_platform.settings import Settings, get_settings
 from lookalike_trainers.assignment import resolve_base
 from lookalike_trainers.evaluation.request import EvaluateJob, EvaluationRequest
-from lookalike_trainers.following import end, follow
-from lookalike_trainers.launcher import environment, start
+from lookalike_trainers.following import follow
+from lookalike_trainers.launcher import launch_module
 
 
 @app.task(name="lookalike.evaluate")
 def evaluate(job_id: str) -> None:
     settings = get_settings()
-    worker = f"{socket.gethostname()}:{os.getpid()}"
-    run(job_id, worker, _database(settings.database_url), open_blobs(settings), settings)
+    db = worker_database(settings.database_url)
+    run(job_id, worker_name(), db, open_blobs(settings), settings)
 
 
 def run(job_id: str, worker: str, db: Database, blobs: BlobStore, settings: Settings) -> None:
@@ -61,16 +58,9 @@ def _evaluate(
     started = time.monotonic()
     request = evaluation_request(db, lease.job_id, blobs, settings)
     folder = settings.runs / lease.job_id
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "request.json").write_text(request.model_dump_json(indent=1))
-    module = "lookalike_trainers.evaluation.process"
-    argv = [sys.executable, "-m", module, str(folder)]
-    running = start(folder, argv, environment(settings.device))
-    try:
-        if not follow(db, blobs, lease, hold, running, LookalikeError):
-            return None
-    finally:
-        end(running, settings)
+    running = launch_module("lookalike_trainers.evaluation.process", request, folder)
+    if not follow(db, blobs, lease, hold, running, settings, LookalikeError):
+        return None
     figures: dict[str, Any] = json.loads((folder / "result.json").read_text())
     shutil.rmtree(folder)  # all that is worth keeping goes into the job
     return {"figures": figures, "seconds": round(time.monotonic() - started, 3)}
@@ -103,8 +93,3 @@ def evaluation_request(
         cache=settings.cache,
         device=settings.device,
     )
-
-
-@cache
-def _database(url: str) -> Database:
-    return open_database(url)

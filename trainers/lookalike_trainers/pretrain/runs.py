@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from lookalike_platform.device import device_of
 from lookalike_platform.errors import Conflict
 
 
@@ -77,7 +78,7 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int, decay: float 
 
 def device() -> torch.device:
     """The GPU if there is one, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return device_of("auto")
 
 
 def autocast() -> torch.autocast:
