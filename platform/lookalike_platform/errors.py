@@ -11,6 +11,8 @@ LookalikeError
 └── TrainingFailed      500  a run that stopped: cause, step, remedy
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 
@@ -83,3 +85,14 @@ class CapabilityMissing(LookalikeError):
 
 class TrainingFailed(LookalikeError):
     slug, title = "training-failed", "The training run stopped"
+
+
+@contextmanager
+def fault_of(path: str) -> Iterator[None]:
+    """A look-up that fails here is the fault of the request's field at `path`."""
+    try:
+        yield
+    except NotFound as error:
+        raise InvalidRequest(error.detail, [FieldProblem(path, error.detail)]) from error
+    except InvalidRequest as error:
+        raise type(error)(error.detail, [FieldProblem(path, error.detail)]) from error

@@ -8,6 +8,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
+from lookalike_platform.bases import Base
 from lookalike_platform.files import canonical_digest, sha256_file
 from lookalike_registry.adapter_file import (
     WEIGHTS_NAME,
@@ -215,6 +216,17 @@ class Manifest(Section):
 def version_id(job_id: str) -> str:
     """The id of the version a job makes: `adv_…` with the job's own characters."""
     return f"adv_{job_id.removeprefix('job_')}"
+
+
+def base_record(base: Base) -> BaseRecord:
+    return BaseRecord(
+        name=base.name,
+        family=base.family,
+        fingerprint=base.fingerprint,
+        text_digest=base.text_digest,
+        resolution=base.resolution,
+        prediction_type=base.prediction_type,
+    )
 
 
 def weights_record(path: Path) -> Weights:

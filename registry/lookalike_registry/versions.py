@@ -227,10 +227,7 @@ def _refuse_in_use(session: Session, version: AdapterVersion) -> None:
     for job in unfinished:
         wearers = [job.request, *job.request.get("regions", [])]
         if any(adapter["id"] == version.id for one in wearers for adapter in one["adapters"]):
-            raise Conflict(
-                f"Job {job.id} is using {version.concept}@{version.version}. Wait for it, or"
-                " cancel it."
-            )
+            raise Conflict(f"Job {job.id} is using {version.ref}. Wait for it, or cancel it.")
 
 
 def _delete_unused_blobs(db: Database, blobs: BlobStore, version: AdapterVersion) -> None:

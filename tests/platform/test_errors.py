@@ -1,4 +1,13 @@
-from lookalike_platform.errors import FieldProblem, InvalidRequest, LookalikeError
+import pytest
+
+from lookalike_platform.errors import (
+    FieldProblem,
+    InvalidRequest,
+    LookalikeError,
+    NotFound,
+    UnknownBase,
+    fault_of,
+)
 
 
 def test_an_error_tells_its_problem_with_the_fields_that_are_wrong() -> None:
@@ -15,3 +24,15 @@ def test_an_error_tells_its_problem_with_the_fields_that_are_wrong() -> None:
 
 def test_errors_are_hashable_as_exceptions_must_be() -> None:
     assert len({LookalikeError("a"), LookalikeError("a")}) == 2
+
+
+@pytest.mark.parametrize(
+    ("raised", "told"), [(NotFound, InvalidRequest), (UnknownBase, UnknownBase)]
+)
+def test_a_look_up_that_fails_is_the_fault_of_a_field(
+    raised: type[LookalikeError], told: type[LookalikeError]
+) -> None:
+    with pytest.raises(told) as refused, fault_of("adapters[0].ref"):
+        raise raised("there is no rex@3")
+    assert type(refused.value) is told
+    assert refused.value.fields == [FieldProblem("adapters[0].ref", "there is no rex@3")]

@@ -15,12 +15,12 @@ from lookalike_platform.db.tables import Job, SubjectImage, SubjectSet
 from lookalike_platform.errors import InvalidRequest, TrainingFailed
 from lookalike_platform.settings import Settings
 from lookalike_registry.manifest import (
-    BaseRecord,
     Evaluation,
     Identity,
     Lineage,
     Manifest,
     Prompting,
+    base_record,
     version_id,
     weights_record,
 )
@@ -150,14 +150,7 @@ def manifest(work: Assignment, result: Path, attempts: int, settings: Settings) 
             method=request.method,
         ),
         weights=weights_record(result / summary["weights"]),
-        base=BaseRecord(
-            name=base.name,
-            family=base.family,
-            fingerprint=base.fingerprint,
-            text_digest=base.text_digest,
-            resolution=base.resolution,
-            prediction_type=base.prediction_type,
-        ),
+        base=base_record(base),
         prompting=Prompting(
             class_noun=request.class_noun, trigger=config.trigger, phrase=config.phrase
         ),

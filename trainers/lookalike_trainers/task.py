@@ -89,7 +89,7 @@ def _register(
     return {
         "concept": version.concept,
         "version": version.version,
-        "ref": f"{version.concept}@{version.version}",
+        "ref": version.ref,
         "digest": version.digest,
         "final_loss": metrics[-1]["loss"],
     }

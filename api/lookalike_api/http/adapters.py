@@ -240,7 +240,7 @@ def version_view(version: AdapterVersion, aliases: dict[str, int]) -> VersionVie
             "id": version.id,
             "name": version.concept,
             "version": version.version,
-            "ref": f"{version.concept}@{version.version}",
+            "ref": version.ref,
             "aliases": [alias for alias, number in aliases.items() if number == version.version],
             "method": version.method,
             "job_id": version.job_id,

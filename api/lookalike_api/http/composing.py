@@ -12,7 +12,7 @@ from lookalike_api.sampling.requests import AdapterUse, Strict
 from lookalike_platform import bases
 from lookalike_platform.bases import Base
 from lookalike_platform.db.tables import AdapterVersion
-from lookalike_platform.errors import FieldProblem, InvalidRequest, NotFound
+from lookalike_platform.errors import FieldProblem, NotFound, fault_of
 from lookalike_platform.jobs.store import NewJob
 from lookalike_platform.settings import Settings
 from lookalike_registry import versions
@@ -75,7 +75,7 @@ def admit(session: Session, owner: str, settings: Settings, wanted: CompositionW
         adapters=[
             PinnedParent(
                 id=version.id,
-                ref=f"{version.concept}@{version.version}",
+                ref=version.ref,
                 digest=version.digest,
                 method=version.method,
                 scale=use.scale,
@@ -134,10 +134,8 @@ def _phrases(manifests: Sequence[Manifest]) -> Iterator[FieldProblem]:
 
 
 def _base(manifest: Manifest, settings: Settings) -> Base:
-    try:
+    with fault_of("parents[0].ref"):
         return bases.resolve(manifest.base.name, settings)
-    except InvalidRequest as error:
-        raise type(error)(error.detail, [FieldProblem("parents[0].ref", error.detail)]) from error
 
 
 def _bases(

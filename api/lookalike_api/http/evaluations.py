@@ -13,7 +13,7 @@ from lookalike_api.http.shapes import Json, Moment
 from lookalike_datasets import subject_sets
 from lookalike_platform import bases
 from lookalike_platform.db.tables import Job
-from lookalike_platform.errors import FieldProblem, InvalidRequest, NotFound
+from lookalike_platform.errors import FieldProblem, NotFound, fault_of
 from lookalike_platform.jobs import store
 from lookalike_platform.jobs.store import NewJob
 from lookalike_platform.settings import Settings
@@ -100,10 +100,8 @@ def _admit(session: Session, owner: str, settings: Settings, wanted: EvaluationW
     except NotFound as error:
         raise wrong_values([FieldProblem("adapter", error.detail)]) from error
     manifest = Manifest.model_validate(version.manifest)
-    try:
+    with fault_of("adapter"):
         base = bases.resolve(manifest.base.name, settings)
-    except InvalidRequest as error:
-        raise type(error)(error.detail, [FieldProblem("adapter", error.detail)]) from error
     if base.fingerprint != version.base_fingerprint:
         message = f"was trained on another base model than the {base.name} that is here"
         raise wrong_values([FieldProblem("adapter", message)])
@@ -117,9 +115,7 @@ def _admit(session: Session, owner: str, settings: Settings, wanted: EvaluationW
     prompting = manifest.prompting
     resolution = manifest.lineage.config.get("resolution")
     job = EvaluateJob(
-        adapters=[
-            Pinned(id=version.id, ref=f"{version.concept}@{version.version}", digest=version.digest)
-        ],
+        adapters=[Pinned(id=version.id, ref=version.ref, digest=version.digest)],
         method=version.method,
         trigger=prompting.trigger,
         called=prompting.phrase.format(trigger=prompting.trigger, class_noun=prompting.class_noun),

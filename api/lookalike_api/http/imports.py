@@ -12,18 +12,18 @@ from lookalike_api.http.context import Lookalike, Owner
 from lookalike_api.http.problems import documented
 from lookalike_platform import bases
 from lookalike_platform.bases import Base
-from lookalike_platform.errors import FieldProblem, InvalidRequest
+from lookalike_platform.errors import fault_of
 from lookalike_platform.files import canonical_digest, sha256_file
 from lookalike_platform.settings import Settings
 from lookalike_registry import versions
 from lookalike_registry.formats.process import About, import_apart
 from lookalike_registry.manifest import (
     NAME_PATTERN,
-    BaseRecord,
     Identity,
     Lineage,
     Manifest,
     Prompting,
+    base_record,
     version_id,
     weights_record,
 )
@@ -63,10 +63,8 @@ def import_adapter(
 
 
 def _base(settings: Settings, name: str | None) -> Base:
-    try:
+    with fault_of("base_model"):
         return bases.resolve(name or settings.default_base, settings)
-    except InvalidRequest as error:
-        raise type(error)(error.detail, [FieldProblem("base_model", error.detail)]) from error
 
 
 def _keep(files: list[UploadFile], folder: Path) -> list[Path]:
@@ -100,14 +98,7 @@ def _manifest(
             id=version_id(made_by), job_id=made_by, owner=owner, concept=name, method=method
         ),
         weights=weights_record(weights),
-        base=BaseRecord(
-            name=base.name,
-            family=base.family,
-            fingerprint=base.fingerprint,
-            text_digest=base.text_digest,
-            resolution=base.resolution,
-            prediction_type=base.prediction_type,
-        ),
+        base=base_record(base),
         prompting=Prompting(class_noun=class_noun, trigger=trigger),
         lineage=Lineage(
             subject_set="",

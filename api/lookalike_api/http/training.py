@@ -12,7 +12,7 @@ from lookalike_datasets import subject_sets
 from lookalike_platform import bases
 from lookalike_platform.bases import Base
 from lookalike_platform.db.tables import AdapterVersion, Job, SubjectSet
-from lookalike_platform.errors import FieldProblem, InvalidRequest, NotFound
+from lookalike_platform.errors import FieldProblem, NotFound, fault_of
 from lookalike_platform.jobs.states import TERMINAL
 from lookalike_platform.jobs.store import NewJob
 from lookalike_platform.settings import Settings
@@ -129,18 +129,13 @@ def _method(name: str) -> MethodInfo:
 
 
 def _base(settings: Settings, name: str | None) -> Base:
-    try:
+    with fault_of("base_model"):
         return bases.resolve(name or settings.default_base, settings)
-    except InvalidRequest as error:
-        raise type(error)(error.detail, [FieldProblem("base_model", error.detail)]) from error
 
 
 def _rare_word(base: Base, taken: list[str]) -> str:
-    try:
+    with fault_of("config.trigger"):
         return min(rare_words(base.folder), key=taken.count)
-    except InvalidRequest as error:
-        problem = FieldProblem("config.trigger", error.detail)
-        raise InvalidRequest(error.detail, [problem]) from error
 
 
 def _answered_to(session: Session, owner: str, base: Base, wanted: JobRequest) -> list[str]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from sqlalchemy.orm import Session
 
-from lookalike_api.sampling.cast import Cast, field, look_up
+from lookalike_api.sampling.cast import Cast, look_up
 from lookalike_api.sampling.regions import box_cells, numbered
 from lookalike_api.sampling.requests import (
     MASK_STRENGTH,
@@ -22,7 +22,7 @@ from lookalike_datasets import images
 from lookalike_platform import bases
 from lookalike_platform.bases import Base
 from lookalike_platform.db.tables import UploadedImage
-from lookalike_platform.errors import FieldProblem, InvalidRequest
+from lookalike_platform.errors import FieldProblem, InvalidRequest, fault_of
 from lookalike_platform.samplers import WITH_ETA, check_sampler
 from lookalike_platform.settings import Settings
 
@@ -43,7 +43,7 @@ def admit(
     ]
     manifests = [manifest for one in (cast, *regional) for manifest in one.manifests]
     name = request.base or (manifests[0].base.name if manifests else settings.default_base)
-    with field("base"):
+    with fault_of("base"):
         base = bases.resolve(name, settings)
     _check_casts(request, base, [cast, *regional])
     schedule = json.loads((base.folder / "scheduler/scheduler_config.json").read_text())
@@ -168,7 +168,7 @@ def _idle(request: GenerationRequest) -> list[str]:
 def _image(session: Session, owner: str, id: str | None, path: str) -> UploadedImage | None:
     if id is None:
         return None
-    with field(path):
+    with fault_of(path):
         return images.get(session, owner, id, lock=True)
 
 

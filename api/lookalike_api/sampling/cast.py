@@ -1,8 +1,7 @@
 """The adapters of one prompt: looked up once, checked, and pinned. Torch-free."""
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
 
@@ -12,7 +11,7 @@ from lookalike_api.sampling.prompts import Subject, bind
 from lookalike_api.sampling.requests import AdapterUse, PinnedAdapter
 from lookalike_platform.bases import Base
 from lookalike_platform.db.tables import AdapterVersion
-from lookalike_platform.errors import FieldProblem, InvalidRequest, NotFound
+from lookalike_platform.errors import FieldProblem, InvalidRequest, fault_of
 from lookalike_registry import versions
 from lookalike_registry.compose import rules
 from lookalike_registry.manifest import Manifest
@@ -54,7 +53,7 @@ class Cast:
             PinnedAdapter(
                 id=version.id,
                 asked=use.ref,
-                ref=_ref(version),
+                ref=version.ref,
                 name=version.concept,
                 version=version.version,
                 digest=version.digest,
@@ -69,7 +68,7 @@ class Cast:
         return [
             FieldProblem(
                 f"{self.path}adapters[{number}].ref",
-                f"{_ref(version)} was trained on the base model "
+                f"{version.ref} was trained on the base model "
                 f"{manifest.base.name} ({manifest.base.fingerprint[:12]}), and this request "
                 f"samples {base.name} ({base.fingerprint[:12]}): use its own base, or train it on "
                 "this one",
@@ -86,7 +85,7 @@ class Cast:
         return [
             FieldProblem(
                 f"{self.path}adapters[{number}].ref",
-                f"{_ref(version)} ({kind}) changes the base as a whole, and would act in every "
+                f"{version.ref} ({kind}) changes the base as a whole, and would act in every "
                 'region: ask for "compose": "latents", where each region has the base to itself',
             )
             for number, (version, kind) in enumerate(zip(self.found, kinds, strict=True))
@@ -101,7 +100,7 @@ def look_up(session: Session, owner: str, uses: Sequence[AdapterUse], path: str 
     """Raises InvalidRequest for adapters that are not there, and that cannot act together."""
     found = []
     for number, use in enumerate(uses):
-        with field(f"{path}adapters[{number}].ref"):
+        with fault_of(f"{path}adapters[{number}].ref"):
             found.append(versions.resolve(session, owner, use.ref, lock=True))
     cast = Cast(path, uses, found, [Manifest.model_validate(one.manifest) for one in found])
     _refuse_twice(cast)
@@ -141,7 +140,7 @@ def _refuse_twice(cast: Cast) -> None:
 
 def _refuse_together(cast: Cast) -> None:
     """By the table of registry/compose/rules.py."""
-    refs = [_ref(version) for version in cast.found]
+    refs = [version.ref for version in cast.found]
     problems = [
         FieldProblem(
             f"{cast.path}adapters[{other}].ref",
@@ -155,18 +154,3 @@ def _refuse_together(cast: Cast) -> None:
             '"compose": "latents".',
             problems,
         )
-
-
-def _ref(version: AdapterVersion) -> str:
-    return f"{version.concept}@{version.version}"
-
-
-@contextmanager
-def field(path: str) -> Iterator[None]:
-    """A look-up that fails here is the fault of the request's field at `path`."""
-    try:
-        yield
-    except NotFound as error:
-        raise InvalidRequest(error.detail, [FieldProblem(path, error.detail)]) from error
-    except InvalidRequest as error:
-        raise type(error)(error.detail, [FieldProblem(path, error.detail)]) from error

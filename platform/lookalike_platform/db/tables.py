@@ -169,6 +169,11 @@ class AdapterVersion(Table):
     deleted_at: Mapped[float | None]
     __table_args__ = (UniqueConstraint("owner", "concept", "version"),)
 
+    @property
+    def ref(self) -> str:
+        """As references name it: `name@3`."""
+        return f"{self.concept}@{self.version}"
+
 
 class AdapterAlias(Table):
     """`name@alias` → version; mirrored to MLflow, read from here on the request path."""

@@ -9,12 +9,12 @@ from lookalike_platform.db.tables import Job
 from lookalike_registry.adapter_file import WEIGHTS_NAME
 from lookalike_registry.compose import rules
 from lookalike_registry.manifest import (
-    BaseRecord,
     Identity,
     Lineage,
     Manifest,
     Parent,
     Prompting,
+    base_record,
     version_id,
     weights_record,
 )
@@ -44,14 +44,7 @@ def manifest(
             method="lora" if weights.file == WEIGHTS_NAME else rules.COMPOSITION,
         ),
         weights=weights,
-        base=BaseRecord(
-            name=base.name,
-            family=base.family,
-            fingerprint=base.fingerprint,
-            text_digest=base.text_digest,
-            resolution=base.resolution,
-            prediction_type=base.prediction_type,
-        ),
+        base=base_record(base),
         prompting=Prompting(
             class_noun=first.class_noun,
             trigger=first.trigger,

@@ -104,7 +104,7 @@ def _compose_and_register(
     return {
         "concept": version.concept,
         "version": version.version,
-        "ref": f"{version.concept}@{version.version}",
+        "ref": version.ref,
         "digest": version.digest,
         "seconds": round(time.monotonic() - started, 3),
     }
