@@ -12,6 +12,7 @@ from lookalike_datasets.intake import examine
 from lookalike_platform.blobs import BlobStore
 from lookalike_platform.db.engine import Database
 from lookalike_platform.db.locks import hold_blobs
+from lookalike_platform.db.pages import page_of
 from lookalike_platform.db.tables import Job, UploadedImage
 from lookalike_platform.errors import Conflict, FieldProblem, InvalidRequest, NotFound
 from lookalike_platform.files import sha256_bytes
@@ -67,14 +68,8 @@ def list_images(
 ) -> tuple[list[UploadedImage], str | None]:
     """A page of the owner's images, newest first, and the cursor of the next page if there is
     one."""
-    if cursor is not None and not cursor.startswith("img_"):
-        raise InvalidRequest(f"{cursor!r} is not a cursor; use next_cursor of the page before.")
-    query = select(UploadedImage).where(UploadedImage.owner == owner)
-    if cursor is not None:
-        query = query.where(UploadedImage.id < cursor)
-    rows = list(session.scalars(query.order_by(UploadedImage.id.desc()).limit(limit + 1)))
-    page = rows[:limit]
-    return page, page[-1].id if len(rows) > limit else None
+    mine = UploadedImage.owner == owner
+    return page_of(session, UploadedImage, mine, prefix="img_", cursor=cursor, limit=limit)
 
 
 def delete(db: Database, blobs: BlobStore, owner: str, id: str) -> None:

@@ -16,6 +16,7 @@ from lookalike_datasets.intake import Verdict, examine, looks_alike
 from lookalike_platform.blobs import BlobStore
 from lookalike_platform.db.engine import Database
 from lookalike_platform.db.locks import hold_blobs
+from lookalike_platform.db.pages import page_of
 from lookalike_platform.db.tables import Job, SubjectImage, SubjectSet
 from lookalike_platform.errors import Conflict, FieldProblem, InvalidRequest, NotFound
 from lookalike_platform.files import canonical_digest, sha256_bytes
@@ -90,14 +91,8 @@ def list_sets(
     session: Session, owner: str, *, cursor: str | None = None, limit: int = 20
 ) -> tuple[list[SubjectSet], str | None]:
     """A page of the owner's sets, newest first, and the cursor of the next page if there is one."""
-    if cursor is not None and not cursor.startswith("set_"):
-        raise InvalidRequest(f"{cursor!r} is not a cursor; use next_cursor of the page before.")
-    query = select(SubjectSet).where(SubjectSet.owner == owner)
-    if cursor is not None:
-        query = query.where(SubjectSet.id < cursor)
-    rows = list(session.scalars(query.order_by(SubjectSet.id.desc()).limit(limit + 1)))
-    page = rows[:limit]
-    return page, page[-1].id if len(rows) > limit else None
+    mine = SubjectSet.owner == owner
+    return page_of(session, SubjectSet, mine, prefix="set_", cursor=cursor, limit=limit)
 
 
 def images(session: Session, set_id: str) -> list[SubjectImage]:

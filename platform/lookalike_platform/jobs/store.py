@@ -7,6 +7,7 @@ from typing import Any, Literal
 from sqlalchemy import CursorResult, select, update
 from sqlalchemy.orm import Session
 
+from lookalike_platform.db.pages import page_of
 from lookalike_platform.db.tables import Job, Outbox
 from lookalike_platform.errors import InvalidRequest, NotFound
 from lookalike_platform.ids import new_id
@@ -84,20 +85,14 @@ def list_jobs(
         raise InvalidRequest(f"no job state {state!r}; states are {', '.join(states.ALL)}")
     if kind is not None and kind not in states.QUEUES:
         raise InvalidRequest(f"no kind of job {kind!r}; kinds are {', '.join(states.QUEUES)}")
-    if cursor is not None and not cursor.startswith("job_"):
-        raise InvalidRequest(f"{cursor!r} is not a cursor; use next_cursor of the page before")
-    query = select(Job).where(Job.owner == owner)
+    wanted = [Job.owner == owner]
     if state is not None:
-        query = query.where(Job.state == state)
+        wanted.append(Job.state == state)
     if kind is not None:
-        query = query.where(Job.kind == kind)
+        wanted.append(Job.kind == kind)
     if method is not None:
-        query = query.where(Job.method == method)
-    if cursor is not None:
-        query = query.where(Job.id < cursor)
-    rows = list(session.scalars(query.order_by(Job.id.desc()).limit(limit + 1)))
-    page = rows[:limit]
-    return page, page[-1].id if len(rows) > limit else None
+        wanted.append(Job.method == method)
+    return page_of(session, Job, *wanted, prefix="job_", cursor=cursor, limit=limit)
 
 
 def request_cancel(
