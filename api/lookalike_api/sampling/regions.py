@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from PIL import Image, ImageOps
+from PIL import Image
 
+from lookalike_api.sampling.fitting import fitted
 from lookalike_platform.errors import FieldProblem, InvalidRequest
 
 Box = Sequence[float]
@@ -22,9 +23,7 @@ def box_cells(box: Box, height: int, width: int) -> Cells:
 def mask_cells(path: Path, size: tuple[int, int], height: int, width: int) -> Cells:
     """1 for the latents at least half of whose pixels are white in a mask brought to the pictures'
     size (width, height), 0 for others."""
-    with Image.open(path) as image:
-        fitted = ImageOps.fit(image.convert("L"), size, Image.Resampling.LANCZOS)
-    white = fitted.point([0] * 128 + [255] * 128)
+    white = fitted(path, "L", size).point([0] * 128 + [255] * 128)
     shares = white.resize((width, height), Image.Resampling.BOX).tobytes()
     return [bytes(x >= 128 for x in shares[y * width :][:width]) for y in range(height)]
 

@@ -1,12 +1,11 @@
 """The picture that a generation starts from, from its file to its latents. Imports torch."""
 
-from pathlib import Path
 from typing import Any
 
 import numpy
 import torch
-from PIL import Image, ImageOps
 
+from lookalike_api.sampling.fitting import fitted
 from lookalike_api.sampling.messages import SampleOrder
 from lookalike_platform.diffusion import encode_picture
 from lookalike_platform.walk import Start
@@ -28,9 +27,3 @@ def start_of(order: SampleOrder, vae: Any, generators: list[torch.Generator]) ->
     painted = torch.from_numpy(pixels >= 0.5).float()[None, None]
     mask = torch.nn.functional.interpolate(painted, size=latents.shape[-2:])
     return Start(latents, order.strength, mask)
-
-
-def fitted(path: Path, mode: str, size: tuple[int, int]) -> Image.Image:
-    """A picture in this size; the middle of it, if its proportions are others."""
-    with Image.open(path) as image:
-        return ImageOps.fit(image.convert(mode), size, Image.Resampling.LANCZOS)

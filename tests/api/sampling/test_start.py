@@ -12,8 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
+from lookalike_api.sampling.fitting import fitted
 from lookalike_api.sampling.messages import AdapterFile, SampleOrder
-from lookalike_api.sampling.start import fitted
 from lookalike_platform.samplers import SAMPLERS, make_sampler
 from support_images import picture
 from support_models import save_base

@@ -22,13 +22,14 @@ from lookalike_trainers.base_parts import BaseParts
 from lookalike_trainers.composition import merging, words
 from lookalike_trainers.composition.merging import merge
 from lookalike_trainers.composition.observing import observe
-from lookalike_trainers.composition.parents import read, weights_of
+from lookalike_trainers.composition.parents import read
 from lookalike_trainers.composition.request import (
     CompositionRequest,
     MergeOptions,
     ParentFile,
 )
 from lookalike_trainers.methods.composition import Change, load, save
+from lookalike_trainers.methods.deltas import parameters_of
 from support_formats import diffusers_paints, pipeline, same, we_paint
 from support_methods import CARD, CPU, trained
 from support_models import RESOLUTION, save_base
@@ -221,11 +222,11 @@ def test_what_is_no_layer_stays_dense_whatever_rank_is_asked_for(
     kept = tmp_path / "kept"
     kept.mkdir()
     parts = BaseParts(base, CPU)
-    before = {name: w.clone() for name, w in weights_of(parts).items() if name in made.deltas}
+    before = {name: w.clone() for name, w in parameters_of(parts).items() if name in made.deltas}
     change = read(request.parents[1], parts).deltas
     with wearing(parts, saved(request, kept)):
         for name, weight in before.items():
-            found = weights_of(parts)[name] - weight
+            found = parameters_of(parts)[name] - weight
             torch.testing.assert_close(found, change[name], rtol=1e-3, atol=1e-5)
 
 
@@ -235,7 +236,7 @@ class Heard:
     def __init__(self, base: Path) -> None:
         self.widths = {
             name.removesuffix(".weight"): weight.flatten(1).shape[1]
-            for name, weight in weights_of(BaseParts(base, CPU)).items()
+            for name, weight in parameters_of(BaseParts(base, CPU)).items()
             if weight.dim() > 1
         }
 
@@ -355,10 +356,10 @@ def test_the_closed_form_keeps_what_each_concepts_words_say(
     own = {}
     for place, one in enumerate(parents):
         with wearing(parts, one):
-            weights = weights_of(parts)
+            weights = parameters_of(parts)
             own[place] = {name: spoken[place] @ weights[name].T.clone() for name in layers}
     with wearing(parts, whole):
-        weights = weights_of(parts)
+        weights = parameters_of(parts)
         for place in (0, 1):
             for name in layers:
                 kept = spoken[place] @ weights[name].T

@@ -22,9 +22,10 @@ from lookalike_registry.compose.weighted_sum import weighted_sum
 from lookalike_trainers.base_parts import BaseParts
 from lookalike_trainers.composition import words
 from lookalike_trainers.composition.observing import observe
-from lookalike_trainers.composition.parents import read, weights_of
+from lookalike_trainers.composition.parents import read
 from lookalike_trainers.composition.request import CompositionRequest
 from lookalike_trainers.methods.composition import Change
+from lookalike_trainers.methods.deltas import parameters_of
 from lookalike_trainers.methods.products import layers_of
 
 Item = TypeVar("Item")
@@ -197,7 +198,7 @@ def _bind_words(
         words.features(base, parent, request.resolution) for parent in steps.over(request.parents)
     ]
     bound = ConceptWords.of(known, features)
-    weights = weights_of(base)
+    weights = parameters_of(base)
     deltas = {}
     for name in steps.over(names):
         weight = weights[name].detach().cpu()

@@ -6,9 +6,6 @@ file has them, and else deltas.
 
 from collections.abc import Mapping
 
-import torch
-from torch import Tensor
-
 from lookalike_platform.errors import CapabilityMissing
 from lookalike_registry.compose.low_rank import LowRank
 from lookalike_registry.compose.rules import COMPOSITION
@@ -18,7 +15,7 @@ from lookalike_registry.tensor_file import METHOD_KEY, adapter_info
 from lookalike_trainers.base_parts import BaseParts
 from lookalike_trainers.composition.request import ParentFile
 from lookalike_trainers.methods import composition, deltas, diff_fit, svdiff, textual_inversion
-from lookalike_trainers.methods.composition import Change, Subject
+from lookalike_trainers.methods.composition import Change, Subject, under
 from lookalike_trainers.methods.perfusion import PREFIX as GATE
 from lookalike_trainers.methods.tokens import PREFIX as TOKENS
 
@@ -35,7 +32,7 @@ def read(parent: ParentFile, base: BaseParts) -> Change:
     if METHOD_KEY not in header.metadata:
         return _of_products(read_lora(file), scale, Subject(), base)
     tensors = {key: tensor.float() for key, tensor in load_file(file).items()}
-    rows = _under(TOKENS, tensors)
+    rows = under(TOKENS, tensors)
     match parent.method:
         case "lora":
             return _of_products(loaded_products(tensors), scale, Subject(rows), base)
@@ -43,15 +40,15 @@ def read(parent: ParentFile, base: BaseParts) -> Change:
             layers = int(adapter_info(header, file.name).config["layers"])
             return _of_products(loaded_products(tensors), scale, Subject(rows, layers), base)
         case "custom_diffusion" | "dreambooth":
-            changed = _under(deltas.PREFIX, tensors)
+            changed = under(deltas.PREFIX, tensors)
         case "diff_fit":
-            changed = _under(deltas.PREFIX, tensors | diff_fit.fold(tensors, base))
+            changed = under(deltas.PREFIX, tensors | diff_fit.fold(tensors, base))
         case "svdiff":
             own = svdiff.changed(tensors, scale, base, base.cache)
-            return Change(deltas=_under(deltas.PREFIX, own), subjects=[Subject(rows)])
+            return Change(deltas=under(deltas.PREFIX, own), subjects=[Subject(rows)])
         case "textual_inversion":
             start = adapter_info(header, file.name).config["initializer"]
-            rows = _under(TOKENS, textual_inversion.rows_at(base, tensors, scale, start))
+            rows = under(TOKENS, textual_inversion.rows_at(base, tensors, scale, start))
             return Change(subjects=[Subject(rows)])
         case "perfusion":
             gate = {key: tensor for key, tensor in tensors.items() if key.startswith(GATE)}
@@ -69,12 +66,14 @@ def _of_products(
 ) -> Change:
     """DoRA's lengths make a product a delta, g (W + B A) - W with g = m / ||W + B A||."""
     pairs, changed = {}, {}
+    dora = any(product.magnitude is not None for product in products.values())
+    weights = deltas.parameters_of(base) if dora else {}
     for name, product in products.items():
         pair = LowRank(scale * product.up.float().flatten(1), product.down.float())
         if product.magnitude is None:
             pairs[name] = pair
             continue
-        weight = weights_of(base)[f"{name}.weight"].cpu()
+        weight = weights[f"{name}.weight"].cpu()
         whole = weight + LowRank(product.up.float().flatten(1), product.down.float()).dense()
         gain = product.magnitude.float().flatten() / whole.flatten(1).norm(dim=1)
         gain = gain.view(-1, *(1,) * (weight.dim() - 1))
@@ -92,20 +91,3 @@ def _scaled(change: Change, scale: float) -> Change:
             for one in change.subjects
         ],
     )
-
-
-def weights_of(base: BaseParts) -> dict[str, torch.nn.Parameter]:
-    """The base's own parameters by `<part>.<parameter>`."""
-    return {
-        f"{part}.{name}": parameter
-        for part, model in deltas.parts_of(base).items()
-        for name, parameter in deltas.named(model).items()
-    }
-
-
-def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {
-        key.removeprefix(prefix): tensor.detach().cpu()
-        for key, tensor in tensors.items()
-        if key.startswith(prefix)
-    }

@@ -95,7 +95,7 @@ def load(file: Path) -> Change:
     from safetensors.torch import load_file
 
     tensors = load_file(file)
-    all_rows = _starting(TOKENS, tensors)
+    all_rows = under(TOKENS, tensors)
     subjects, start = [], 0
     for place, about in enumerate(adapter_info(read_header(file), file.name).config["subjects"], 1):
         own = slice(start, start := start + about["rows"])
@@ -104,7 +104,7 @@ def load(file: Path) -> Change:
             Subject(
                 rows={part: all_rows[part][own] for part in all_rows if about["rows"]},
                 layers=about["layers"],
-                gate=_starting(prefix, tensors),
+                gate=under(prefix, tensors),
                 gate_scale=1.0 if about["gate"] is None else about["gate"],
             )
         )
@@ -113,7 +113,7 @@ def load(file: Path) -> Change:
             name: LowRank(product.up.flatten(1), product.down)
             for name, product in loaded_products(tensors).items()
         },
-        deltas=_starting(deltas.PREFIX, tensors),
+        deltas=under(deltas.PREFIX, tensors),
         subjects=subjects,
     )
 
@@ -148,6 +148,15 @@ def wear(wearer: Wearer, file: Path, scale: float, word: str) -> TakeOff:
         return undo.pop_all().close
 
 
+def under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Those whose keys start so, by the rest of their keys; on the CPU, however they were made."""
+    return {
+        key.removeprefix(prefix): tensor.detach().cpu()
+        for key, tensor in tensors.items()
+        if key.startswith(prefix)
+    }
+
+
 def _product(pair: LowRank) -> Product:
     """B as the base's layer takes it: of a convolution [out, rank, 1, 1]."""
     ones = (1,) * (pair.down.dim() - 2)
@@ -158,13 +167,4 @@ def _rows(subjects: Sequence[Subject]) -> dict[str, Tensor]:
     parts = dict.fromkeys(part for subject in subjects for part in subject.rows)
     return {
         f"{TOKENS}{part}": torch.cat([s.rows[part] for s in subjects if s.rows]) for part in parts
-    }
-
-
-def _starting(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Those whose keys start so, by the rest of their keys."""
-    return {
-        key.removeprefix(prefix): tensor
-        for key, tensor in tensors.items()
-        if key.startswith(prefix)
     }

@@ -56,6 +56,15 @@ def parts_of(wearer: Any) -> dict[str, Any]:
     return {"unet": wearer.unet, **encoders}
 
 
+def parameters_of(wearer: Any) -> dict[str, nn.Parameter]:
+    """All parameters by `<part>.<parameter>`, as adapter files name them."""
+    return {
+        f"{part}.{name}": parameter
+        for part, model in parts_of(wearer).items()
+        for name, parameter in named(model).items()
+    }
+
+
 def part_name(place: int) -> str:
     """Of the text encoder at this place, from 0: text_encoder, text_encoder_2."""
     return f"text_encoder_{place + 1}" if place else "text_encoder"
@@ -77,11 +86,7 @@ def wear_deltas(wearer: Wearer, tensors: Mapping[str, torch.Tensor], scale: floa
     Raises KeyError for a parameter the base does not have (tensor_file.check_tensors says it
     to users before).
     """
-    parameters = {
-        f"{part}.{name}": parameter
-        for part, module in parts_of(wearer).items()
-        for name, parameter in named(module).items()
-    }
+    parameters = parameters_of(wearer)
     changes = {
         parameters[key.removeprefix(PREFIX)]: delta
         for key, delta in tensors.items()

@@ -27,8 +27,8 @@ from lookalike_trainers.methods.deltas import PREFIX as DELTA
 from lookalike_trainers.methods.deltas import (
     differences,
     named,
+    parameters_of,
     part_name,
-    parts_of,
     wear_deltas,
 )
 from lookalike_trainers.methods.dreambooth import thaw
@@ -130,11 +130,7 @@ def fold(tensors: dict[str, torch.Tensor], base: BaseParts) -> dict[str, torch.T
 
     The weights are the base's own, whatever else is worn.
     """
-    own = {
-        f"{part}.{name}": p
-        for part, model in parts_of(base).items()
-        for name, p in named(model).items()
-    }
+    own = parameters_of(base)
     folded = {}
     for key, gamma in tensors.items():
         if not key.startswith(PREFIX):

@@ -46,7 +46,7 @@ class Dense:
 
 @dataclass(frozen=True)
 class Ranks:
-    """T-LoRA's r(t) = floor((rank - min_rank) (timesteps - t) / timesteps) + min_rank."""
+    """What T-LoRA's r(t) depends on (`row_masks.ranks_at`)."""
 
     rank: int
     min_rank: int
@@ -68,12 +68,6 @@ class RowAdapter:
     products: Mapping[str, Product] = field(default_factory=dict)
     ranks: Ranks | None = None
     answers: Mapping[str, Answer] = field(default_factory=dict)
-
-    @property
-    def nbytes(self) -> int:
-        pieces = [*self.products.values(), *self.answers.values()]
-        tensors = [*self.text.values(), *(t for piece in pieces for t in _tensors(piece).values())]
-        return sum(tensor.nbytes for tensor in tensors)
 
     def to(self, device: torch.device, dtype: torch.dtype) -> "RowAdapter":
         """A copy, the products in the UNet's dtype; the rest keeps its own, and the text its place.
@@ -109,9 +103,6 @@ def of_text(named: Mapping[str, Any]) -> dict[str, Any]:
     return {name: x for name, x in named.items() if name.startswith("text_encoder")}
 
 
-def _tensors(piece: Any) -> dict[str, torch.Tensor]:
-    return {name: x for name, x in vars(piece).items() if isinstance(x, torch.Tensor)}
-
-
 def _moved(piece: Any, **where: Any) -> Any:
-    return replace(piece, **{name: x.to(**where, copy=True) for name, x in _tensors(piece).items()})
+    tensors = {name: x for name, x in vars(piece).items() if isinstance(x, torch.Tensor)}
+    return replace(piece, **{name: x.to(**where, copy=True) for name, x in tensors.items()})

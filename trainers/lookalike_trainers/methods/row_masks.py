@@ -66,6 +66,15 @@ def masked(mask: Mask, hidden: torch.Tensor, layer_dim: int) -> torch.Tensor:
     return mask(flat).view(hidden.shape)
 
 
+def ranks_at(t: torch.Tensor, rank: Any, min_rank: Any, timesteps: Any) -> torch.Tensor:
+    """T-LoRA's r(t) = floor((rank - min_rank) (timesteps - t) / timesteps) + min_rank.
+
+    Of one adapter, whose figures are numbers, or of many, whose are tensors.
+    """
+    beyond = (rank - min_rank) * (timesteps - t)
+    return torch.div(beyond, timesteps, rounding_mode="floor") + min_rank
+
+
 def _kept(
     rows: Sequence[Sequence[Worn]], timesteps: Callable[[], torch.Tensor]
 ) -> Callable[[], torch.Tensor]:
@@ -81,9 +90,7 @@ def _kept(
     place, rank, least, total = torch.tensor(table, device=_device(rows)).unbind(-1)
 
     def kept() -> torch.Tensor:
-        t = timesteps().unsqueeze(1)
-        ranks = torch.div((rank - least) * (total - t), total, rounding_mode="floor") + least
-        return place < ranks
+        return place < ranks_at(timesteps().unsqueeze(1), rank, least, total)
 
     return kept
 

@@ -110,11 +110,7 @@ def changed(
     tensors: Mapping[str, torch.Tensor], scale: float, base: BaseParts, cache: Path | None
 ) -> dict[str, torch.Tensor]:
     """W' - W of `scale` times each spectrum's shift, as `wear_deltas` takes them."""
-    weights = {
-        f"{part}.{name}": weight
-        for part, module in deltas.parts_of(base).items()
-        for name, weight in deltas.named(module).items()
-    }
+    weights = deltas.parameters_of(base)
     changes = {}
     for key, delta in tensors.items():
         if key.startswith(PREFIX):

@@ -31,6 +31,7 @@ from lookalike_trainers.methods.groups import parameter_groups
 from lookalike_trainers.methods.method import Card, TakeOff, Wearer
 from lookalike_trainers.methods.products import own_layers, wear_products
 from lookalike_trainers.methods.row_adapter import Ranks, RowAdapter, of_unet
+from lookalike_trainers.methods.row_masks import ranks_at
 from lookalike_trainers.methods.tokens import (
     TokenRows,
     learn_rows,
@@ -54,8 +55,7 @@ class RankMask:
     def see(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A UNet's forward pre-hook: note r(t), [n] or, where all share one timestep, [1]."""
         t = torch.as_tensor(kwargs["timestep"] if "timestep" in kwargs else args[1]).reshape(-1)
-        beyond = (self.rank - self.min_rank) * (self.total - t)
-        self.ranks = torch.div(beyond, self.total, rounding_mode="floor") + self.min_rank
+        self.ranks = ranks_at(t, self.rank, self.min_rank, self.total)
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         """M_t A x of A x [n, tokens, k r], k products side by side."""
