@@ -1,7 +1,8 @@
-"""The sampling loop: from noise to pictures, with classifier-free guidance. Imports torch.
+"""From noise to pictures, with classifier-free guidance. Imports torch.
 
-Shared by the sampler process, the prior images and the sample grid of a training run, so that a
-picture drawn by one is the picture drawn by the others.
+`denoise` is the loop for prior images, sample grids and evaluations. The sampler process has one of
+its own, for many requests at once, and shares all that it is made of: the noise, the steps
+(walk.py) and the autoencoder. So a picture drawn by one is the picture drawn by the others.
 """
 
 from collections.abc import Callable, Sequence

@@ -42,7 +42,8 @@ class Methods(BaseModel):
 
 
 class SamplerView(BaseModel):
-    """A sampler by its name here, and the class of diffusers behind it; null is the base's own."""
+    """A sampler by its name here, and the class behind it, diffusers' or ours; null is the base's
+    own."""
 
     name: str
     scheduler: str | None
