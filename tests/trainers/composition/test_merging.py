@@ -1,155 +1,32 @@
-"""Each strategy is its pure function in every layer, and files hold what comes out."""
+"""Each strategy is its pure function in every layer."""
 
-from collections.abc import Callable
-from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from lookalike_registry.adapter_file import WEIGHTS_NAME
-from lookalike_registry.check import check_file
-from lookalike_registry.compose import rules
 from lookalike_registry.compose.dare import dare_linear
 from lookalike_registry.compose.fusion import RIDGE
 from lookalike_registry.compose.low_rank import LowRank, compress
 from lookalike_registry.compose.routing import Router
 from lookalike_registry.compose.ties import ties
-from lookalike_registry.manifest import SubjectRecord
 from lookalike_registry.products import read_lora
 from lookalike_trainers.base_parts import BaseParts
 from lookalike_trainers.composition import merging, words
-from lookalike_trainers.composition.merging import merge
 from lookalike_trainers.composition.observing import observe
 from lookalike_trainers.composition.parents import read
-from lookalike_trainers.composition.request import (
-    CompositionRequest,
-    MergeOptions,
-    ParentFile,
-)
-from lookalike_trainers.methods.composition import Change, load, save
+from lookalike_trainers.composition.request import ParentFile
+from lookalike_trainers.methods.composition import load
 from lookalike_trainers.methods.deltas import parameters_of
-from support_formats import diffusers_paints, pipeline, same, we_paint
+from support_merging import Maker, asked, merged, saved
 from support_methods import CARD, CPU, trained
-from support_models import RESOLUTION, save_base
-from support_pairs import Adapter, answers, trained_adapter, wearing
+from support_models import RESOLUTION
+from support_pairs import Adapter, wearing
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:__array__ implementation doesn't accept:DeprecationWarning"
 )  # diffusers' own
-
-NOT_MERGED = {"t_lora", rules.COMPOSITION}
-KINDS = [*(kind for kind in rules.KINDS if kind not in NOT_MERGED), "pivotal"]
-PAIRS = [(one, other) for place, one in enumerate(KINDS) for other in KINDS[place:]]
-Maker = Callable[[str, int], Adapter]
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_base(tmp_path_factory.mktemp("base"))
-
-
-@pytest.fixture(scope="module")
-def adapter(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Maker:
-    return cache(partial(trained_adapter, base, tmp_path_factory.mktemp("adapters")))
-
-
-def asked(base: Path, strategy: str, adapters: list[Adapter], **options: Any) -> CompositionRequest:
-    parents = []
-    for method, file, scale, word in adapters:
-        learned = method != "dreambooth" and file.name != WEIGHTS_NAME
-        subject = SubjectRecord(
-            name=word, trigger=word, class_noun="dog", phrase="{trigger}", learned=learned
-        )
-        parents.append(ParentFile(method=method, file=file, scale=scale, subjects=[subject]))
-    return CompositionRequest(
-        name="duo",
-        strategy=strategy,
-        options=MergeOptions(**options),
-        parents=parents,
-        base_folder=base,
-        family="sd1",
-        prediction_type="epsilon",
-        resolution=RESOLUTION,
-        cache=base,
-        device="cpu",
-    )
-
-
-def merged(request: CompositionRequest) -> Change:
-    return merge(request, BaseParts(request.base_folder, CPU), lambda done, total: None)
-
-
-def saved(request: CompositionRequest, folder: Path) -> Adapter:
-    """The merged file, at scale 1, whose subjects answer to kim and kim-2."""
-    file = save(merged(request), folder, CARD)
-    check_file(file, request.base_folder)
-    if file.name == WEIGHTS_NAME:
-        return ("lora", file, 1.0, "kim")
-    return (rules.COMPOSITION, file, 1.0, "kim")
-
-
-@pytest.mark.parametrize(("one", "other"), PAIRS, ids=map("-".join, PAIRS))
-def test_a_weighted_sum_does_what_both_parents_do_together(
-    base: Path, adapter: Maker, tmp_path: Path, one: str, other: str
-) -> None:
-    adapters = [adapter(one, 0), adapter(other, 1)]
-    whole = saved(asked(base, "weighted_sum", adapters), tmp_path)
-    words_are = ("kim", "kim-2") if whole[0] == rules.COMPOSITION else ("sks", "zwx")
-    prompt = f"a {' '.join(words_are)}"
-    parts = BaseParts(base, CPU)
-    plain = answers(parts)
-    with wearing(parts, whole):
-        together = answers(parts, prompt)
-    assert not parts.learned
-    torch.testing.assert_close(answers(parts), plain, rtol=0, atol=0)
-    kinds = [{"pivotal": "lora"}.get(kind, kind) for kind in (one, other)]
-    as_one = rules.combination(*kinds).refused  # then a DoRA acts only as its change of the base
-    both = [
-        (*(fixed(base, made, tmp_path) if as_one and kind == "dora" else made)[:3], word)
-        for kind, made, word in zip((one, other), adapters, words_are, strict=True)
-    ]
-    with wearing(parts, *both):
-        expected = answers(parts, prompt)
-    torch.testing.assert_close(together, expected, rtol=1e-4, atol=2e-4)
-
-
-def test_a_dora_worn_with_a_gate_would_differ_from_their_merge(
-    base: Path, adapter: Maker, tmp_path: Path
-) -> None:
-    """Which is why the table refuses the two in one generation."""
-    assert rules.combination("dora", "perfusion").refused
-    pair = [adapter("dora", 0), adapter("perfusion", 1)]
-    parts = BaseParts(base, CPU)
-    with wearing(parts, saved(asked(base, "weighted_sum", pair), tmp_path)):
-        together = answers(parts, "a kim-2")
-    with wearing(parts, pair[0], (*pair[1][:3], "kim-2")):
-        worn = answers(parts, "a kim-2")
-    differing = {n for n in worn if float((worn[n] - together[n]).abs().max()) > 1e-3} - {"whole"}
-    assert differing
-    assert all(name.endswith(("attn2.to_k", "attn2.to_v")) for name in differing)
-
-
-def fixed(base: Path, adapter: Adapter, folder: Path) -> Adapter:
-    """A DoRA as the fixed change of the base that merges take it for."""
-    request = asked(base, "weighted_sum", [adapter, adapter])
-    own = folder / adapter[3]
-    own.mkdir()
-    change = read(request.parents[0], BaseParts(base, CPU))
-    return (rules.COMPOSITION, save(change, own, CARD), 1.0, adapter[3])
-
-
-@pytest.mark.parametrize("number", [0, 1], ids=["whole", "at a scale"])
-def test_a_dora_is_merged_as_what_it_does_to_the_base(
-    base: Path, adapter: Maker, tmp_path: Path, number: int
-) -> None:
-    parts, dora = BaseParts(base, CPU), adapter("dora", number)
-    with wearing(parts, dora):
-        worn = answers(parts)
-    with wearing(parts, fixed(base, dora, tmp_path)):
-        as_delta = answers(parts)
-    torch.testing.assert_close(as_delta, worn, rtol=1e-4, atol=2e-4)
 
 
 def pairs_of(adapters: list[Adapter]) -> list[dict[str, LowRank]]:
@@ -377,30 +254,3 @@ def test_one_adapter_under_two_names_does_not_blow_up(
     for name, pair in merged(asked(base, strategy, twice)).products.items():
         assert pair.dense().isfinite().all()
         assert float(pair.dense().norm()) <= 2.01 * float(once[name].dense().norm())
-
-
-@pytest.mark.parametrize("strategy", ["weighted_sum", "ssr", "svd"])
-def test_loras_become_a_lora_that_plain_diffusers_paints_alike(
-    base: Path, adapter: Maker, tmp_path: Path, strategy: str
-) -> None:
-    method, file, _, _ = saved(
-        asked(base, strategy, [adapter("lora", 0), adapter("lora", 1)]), tmp_path
-    )
-    assert (method, file.name) == ("lora", WEIGHTS_NAME)
-    pipe = pipeline(base)
-    bare = diffusers_paints(pipe, "a sks dog")
-    pipe.load_lora_weights(file)
-    painted = diffusers_paints(pipe, "a sks dog")
-    assert not same(painted, bare)
-    assert same(painted, we_paint(base, "a sks dog", "lora", file))
-
-
-def test_a_merged_version_merges_again(base: Path, adapter: Maker, tmp_path: Path) -> None:
-    first = saved(
-        asked(base, "weighted_sum", [adapter("perfusion", 0), adapter("custom_diffusion", 1)]),
-        tmp_path,
-    )
-    again = merged(asked(base, "weighted_sum", [first, adapter("textual_inversion", 0)]))
-    assert [bool(subject.rows) for subject in again.subjects] == [True, True, True]
-    assert [bool(subject.gate) for subject in again.subjects] == [True, False, False]
-    assert again.deltas.keys() == load(first[1]).deltas.keys()

@@ -1,0 +1,55 @@
+"""Adapters merged, in memory and as files."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from lookalike_registry.adapter_file import WEIGHTS_NAME
+from lookalike_registry.check import check_file
+from lookalike_registry.compose import rules
+from lookalike_registry.manifest import SubjectRecord
+from lookalike_trainers.base_parts import BaseParts
+from lookalike_trainers.composition.merging import merge
+from lookalike_trainers.composition.request import CompositionRequest, MergeOptions, ParentFile
+from lookalike_trainers.methods.composition import Change, save
+from support_methods import CARD, CPU
+from support_models import RESOLUTION
+from support_pairs import Adapter
+
+Maker = Callable[[str, int], Adapter]
+"""The first (0) or the second adapter of a kind, made once."""
+
+
+def asked(base: Path, strategy: str, adapters: list[Adapter], **options: Any) -> CompositionRequest:
+    parents = []
+    for method, file, scale, word in adapters:
+        learned = method != "dreambooth" and file.name != WEIGHTS_NAME
+        subject = SubjectRecord(
+            name=word, trigger=word, class_noun="dog", phrase="{trigger}", learned=learned
+        )
+        parents.append(ParentFile(method=method, file=file, scale=scale, subjects=[subject]))
+    return CompositionRequest(
+        name="duo",
+        strategy=strategy,
+        options=MergeOptions(**options),
+        parents=parents,
+        base_folder=base,
+        family="sd1",
+        prediction_type="epsilon",
+        resolution=RESOLUTION,
+        cache=base,
+        device="cpu",
+    )
+
+
+def merged(request: CompositionRequest) -> Change:
+    return merge(request, BaseParts(request.base_folder, CPU), lambda done, total: None)
+
+
+def saved(request: CompositionRequest, folder: Path) -> Adapter:
+    """The merged file, at scale 1, whose subjects answer to kim and kim-2."""
+    file = save(merged(request), folder, CARD)
+    check_file(file, request.base_folder)
+    if file.name == WEIGHTS_NAME:
+        return ("lora", file, 1.0, "kim")
+    return (rules.COMPOSITION, file, 1.0, "kim")
