@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from lookalike_api.sampling import direct
 from lookalike_platform import bases
 from lookalike_platform.db.tables import Job
 from lookalike_platform.jobs import lease as leases
@@ -51,6 +52,22 @@ def test_a_generation_answers_with_everything_decided(api: Api) -> None:
     assert (made["seed"], made["warnings"], made["images"]) == (7, [], [])
     assert api.http.get(f"/v1/generations/{made['id']}").json() == made
     assert api.http.get(f"/v1/jobs/{made['id']}").json()["kind"] == "generate"
+
+
+def test_nobody_waits_for_a_sampler_that_does_not_answer(
+    api: Api, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answered, called = threading.Event(), threading.Event()
+
+    def call(url: str) -> None:
+        called.set()
+        answered.wait()
+
+    monkeypatch.setitem(api.context.settings.__dict__, "sampler_url", "http://sampler")
+    monkeypatch.setattr(direct, "call", call)
+    assert ask(api).status_code == 202
+    assert called.wait(60)
+    answered.set()
 
 
 def test_an_alias_is_resolved_once(api: Api) -> None:
