@@ -14,6 +14,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+from orders import as_workers_do
 
 from lookalike_platform import bases
 from lookalike_platform.settings import Settings
@@ -29,6 +30,7 @@ SEEDS = range(100, 108)
 
 
 def main() -> None:
+    as_workers_do()
     options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     options.add_argument("--subjects", type=Path, required=True, help="a folder of photos each")
     options.add_argument("--only", nargs="*", help="names of some of them")

@@ -14,6 +14,7 @@ import argparse
 from pathlib import Path
 
 import torch
+from orders import as_workers_do
 from pydantic import JsonValue
 
 from lookalike_platform import bases
@@ -32,6 +33,7 @@ KINDS: dict[str, dict[str, JsonValue]] = {
 
 
 def main() -> None:
+    as_workers_do()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("subjects", type=Path)
     parser.add_argument("--method", default="lora")

@@ -9,6 +9,7 @@ from lookalike_registry.compose.fusion import RIDGE, Fusion
 from lookalike_registry.compose.low_rank import LowRank
 
 OUT, WIDTH, RANK = 6, 10, 3
+EXACT = 1e-6  # as ridge: the least-squares problem as it stands
 
 
 def concepts(count: int, tokens: int = 30) -> tuple[Tensor, list[LowRank], list[Tensor]]:
@@ -24,8 +25,8 @@ def concepts(count: int, tokens: int = 30) -> tuple[Tensor, list[LowRank], list[
     return base, pairs, inputs
 
 
-def fused(pairs: list[LowRank], inputs: list[Tensor]) -> LowRank:
-    fusion = Fusion(pairs)
+def fused(pairs: list[LowRank], inputs: list[Tensor], ridge: float = RIDGE) -> LowRank:
+    fusion = Fusion(pairs, ridge)
     for place, seen in enumerate(inputs):
         fusion.observe(place, seen)
     return fusion.merged()
@@ -60,7 +61,7 @@ def test_the_published_descent_ends_where_the_formula_does() -> None:
         return total
 
     descent.step(loss)
-    found = base + fused(pairs, inputs).dense()
+    found = base + fused(pairs, inputs, EXACT).dense()
     torch.testing.assert_close(found, weight.detach(), rtol=1e-4, atol=1e-4)
 
 
@@ -87,10 +88,18 @@ def test_concepts_that_never_meet_keep_their_outputs_and_the_rest_stays() -> Non
     base, pairs, _ = concepts(2)
     basis = torch.linalg.qr(torch.randn(WIDTH, WIDTH, dtype=torch.float64))[0].T
     inputs = [basis[:3], basis[3:6]]
-    found = base + fused(pairs, inputs).dense()
+    found = base + fused(pairs, inputs, EXACT).dense()
     tuned = [base + pair.dense() for pair in pairs]
     for seen, weight in [*zip(inputs, tuned, strict=True), (basis[6:], base)]:
         torch.testing.assert_close(seen @ found.T, seen @ weight.T, rtol=1e-5, atol=1e-5)
+
+
+def test_different_answers_to_nearly_the_same_inputs_make_no_large_weights() -> None:
+    _, pairs, [inputs, _] = concepts(2, tokens=2)
+    alike = [inputs, inputs + 1e-2 * torch.randn_like(inputs)]
+    largest = max(pair.dense().norm() for pair in pairs)
+    assert fused(pairs, alike, EXACT).dense().norm() > 3 * largest
+    assert fused(pairs, alike).dense().norm() < largest
 
 
 def test_a_concept_without_inputs_is_refused() -> None:

@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 
 from lookalike_registry.compose.low_rank import LowRank
-from lookalike_registry.compose.routing import Router
+from lookalike_registry.compose.routing import RIDGE, Router
 
 OUT, WIDTH = 10, 16
 RANKS = (2, 3, 1)
+EXACT = 1e-6  # as ridge: the least-squares problem as it stands
 
 
 def subjects(ranks: tuple[int, ...] = RANKS) -> tuple[list[LowRank], list[Tensor]]:
@@ -21,8 +22,8 @@ def subjects(ranks: tuple[int, ...] = RANKS) -> tuple[list[LowRank], list[Tensor
     return pairs, inputs
 
 
-def routed(pairs: list[LowRank], inputs: list[Tensor]) -> Tensor:
-    router = Router(pairs)
+def routed(pairs: list[LowRank], inputs: list[Tensor], ridge: float = EXACT) -> Tensor:
+    router = Router(pairs, ridge)
     for subject, seen in enumerate(inputs):
         router.observe(subject, seen)
     return router.merged().dense()
@@ -74,7 +75,7 @@ def test_one_subject_alone_is_left_as_it_is() -> None:
 
 def test_inputs_may_come_in_any_order_and_in_parts() -> None:
     pairs, inputs = subjects()
-    router = Router(pairs)
+    router = Router(pairs, EXACT)
     for subject in (2, 0, 1):
         for part in inputs[subject].view(5, 2, 3, WIDTH):
             router.observe(subject, part)
@@ -85,6 +86,15 @@ def test_how_a_lora_splits_its_scale_does_not_matter() -> None:
     pairs, inputs = subjects()
     other = [LowRank(pairs[0].up * 1000, pairs[0].down / 1000), *pairs[1:]]
     torch.testing.assert_close(routed(other, inputs), routed(pairs, inputs), rtol=1e-3, atol=1e-3)
+
+
+def test_what_tells_subjects_apart_by_chance_is_not_enlarged() -> None:
+    """Two subjects that hear nearly the same, and little of it."""
+    pairs, [inputs, _] = subjects((2, 2))
+    alike = [inputs[:2], inputs[:2] + 1e-2 * torch.randn_like(inputs[:2])]
+    plain = torch.stack([pair.dense() for pair in pairs]).sum(0).norm()
+    assert routed(pairs, alike, EXACT).norm() > 3 * plain
+    assert routed(pairs, alike, RIDGE).norm() < plain
 
 
 def test_a_convolution_is_routed_by_its_patches() -> None:
