@@ -17,12 +17,13 @@ from lookalike_trainers.composition.request import CompositionRequest, MergeOpti
 from lookalike_trainers.evaluation.bench import Workshop, contender
 from lookalike_trainers.evaluation.dreambench import Subject
 from lookalike_trainers.evaluation.encoders import ImageEncoder
+from lookalike_trainers.evaluation.measures import cosines
 from lookalike_trainers.methods.composition import save
 from lookalike_trainers.methods.method import Card
 from lookalike_trainers.rare_tokens import rare_words
 
 PLACES = 5  # squares that are looked at in a picture
-RIDGE = 0.1  # of the features' mean variance
+NEAREST = 5  # known squares that a square is compared with
 
 
 @dataclass(frozen=True)
@@ -103,31 +104,33 @@ def merged(workshop: Workshop, strategy: str, parents: Sequence[Version], folder
 class Detector:
     """Finds a subject in squares of pictures, by the evaluation's encoder.
 
-    Which direction of its features tells the subject is learned by ridge regression, 1 and -1 as
-    targets: squares that have it, as its own adapter paints it, and squares that have not.
+    A square has it if its features are nearer to squares that have it, as its own adapter paints
+    it, than to squares that have not, and as near to them as all but one in twenty that have it:
+    what resembles nothing known is no subject. Near is the mean cosine of the nearest few.
     """
 
     def __init__(self, yes: torch.Tensor, no: torch.Tensor) -> None:
-        """Squares' features [n, width]. Half of them measure how far the other half can be
-        trusted: `hits` and `false_alarms`; then all of them are learned from."""
-        self._learn(yes[::2], no[::2])
-        self.hits = float(self.seen(yes[1::2]).double().mean())
-        self.false_alarms = float(self.seen(no[1::2]).double().mean())
-        self._learn(yes, no)
+        """Squares' features [n, width], two of each scene: every other scene's are known, and the
+        others measure how far this can be trusted (`hits`, `false_alarms`)."""
+        (self._yes, yes), (self._no, no) = (_halves(squares) for squares in (yes, no))
+        self._least = float(_nearness(yes, self._yes).quantile(0.05))
+        self.hits = float(self.seen(yes).double().mean())
+        self.false_alarms = float(self.seen(no).double().mean())
 
     def seen(self, features: torch.Tensor) -> torch.Tensor:
         """Where it is, [...] of features [..., width]."""
-        return (features.double() - self._middle) @ self._direction > 0
+        flat = features.flatten(0, -2)
+        near, rival = _nearness(flat, self._yes), _nearness(flat, self._no)
+        return ((near > rival) & (near >= self._least)).view(features.shape[:-1])
 
-    def _learn(self, yes: torch.Tensor, no: torch.Tensor) -> None:
-        yes, no = yes.double(), no.double()
-        self._middle = (yes.mean(0) + no.mean(0)) / 2
-        x = torch.cat([yes, no]) - self._middle
-        y = torch.cat([torch.ones(len(yes)), -torch.ones(len(no))]).double()
-        weight = torch.cat([torch.full((len(s),), 1 / len(s)) for s in (yes, no)]).double()
-        gram = (x * weight[:, None]).T @ x
-        ridge = RIDGE * gram.trace() / len(gram) * torch.eye(len(gram), dtype=gram.dtype)
-        self._direction = torch.linalg.solve(gram + ridge, (x * weight[:, None]).T @ y)
+
+def _halves(squares: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    known = torch.arange(len(squares)) // 2 % 2 == 0
+    return squares[known], squares[~known]
+
+
+def _nearness(features: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
+    return cosines(features, known).topk(NEAREST, dim=1).values.mean(1)
 
 
 def squares_of(encoder: ImageEncoder, pictures: Sequence[Image.Image]) -> torch.Tensor:
