@@ -101,7 +101,12 @@ def pair(bench: Bench, subjects: tuple[Subject, Subject], steps: int) -> None:
     names = "-".join(subject.name for subject in subjects)
 
     def look(name: str, asked: Sequence[Order]) -> torch.Tensor:
-        return squares_of(encoder, bench.pictures(f"{names}/{name}", asked))
+        kept = bench.results / "features" / f"{names} {name} {encoder.digest[:16]}.pt"
+        if not kept.exists():
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            torch.save(squares_of(encoder, bench.pictures(f"{names}/{name}", asked)), kept)
+        features: torch.Tensor = torch.load(kept, weights_only=True)
+        return features
 
     own = [_ends(look(f"solo {one.name}", _alone(one.called()[0], [one]))) for one in loras]
     of_base = [_ends(look(f"base {noun}", _alone(noun, []))) for noun in nouns]

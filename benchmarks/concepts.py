@@ -24,6 +24,7 @@ from lookalike_trainers.rare_tokens import rare_words
 
 PLACES = 5  # squares that are looked at in a picture
 NEAREST = 5  # known squares that a square is compared with
+RIDGE = 0.1  # of the features' mean variance
 
 
 @dataclass(frozen=True)
@@ -104,33 +105,39 @@ def merged(workshop: Workshop, strategy: str, parents: Sequence[Version], folder
 class Detector:
     """Finds a subject in squares of pictures, by the evaluation's encoder.
 
-    A square has it if its features are nearer to squares that have it, as its own adapter paints
-    it, than to squares that have not, and as near to them as all but one in twenty that have it:
-    what resembles nothing known is no subject. Near is the mean cosine of the nearest few.
+    Which direction of its features tells the subject is learned by ridge regression, 1 and -1 as
+    targets, of squares that have it, as its own adapter paints it, and squares that have not.
+    What resembles nothing known is no subject: a square must be as near to some that have it, by
+    the mean cosine of the nearest few, as all but one in twenty that have it are.
     """
 
     def __init__(self, yes: torch.Tensor, no: torch.Tensor) -> None:
-        """Squares' features [n, width], two of each scene: every other scene's are known, and the
-        others measure how far this can be trusted (`hits`, `false_alarms`)."""
-        (self._yes, yes), (self._no, no) = (_halves(squares) for squares in (yes, no))
-        self._least = float(_nearness(yes, self._yes).quantile(0.05))
+        """Squares' features [n, width], two of each scene: every other scene's are learned from,
+        and the others measure how far this can be trusted (`hits`, `false_alarms`)."""
+        (self._known, yes), (others, no) = (_halves(squares.double()) for squares in (yes, no))
+        self._middle = (self._known.mean(0) + others.mean(0)) / 2
+        sides = [side - self._middle for side in (self._known, others)]
+        gram = sum(side.T @ side / len(side) for side in sides)
+        ridge = RIDGE * gram.trace() / len(gram) * torch.eye(len(gram), dtype=gram.dtype)
+        wanted = sides[0].mean(0) - sides[1].mean(0)
+        self._direction = torch.linalg.solve(gram + ridge, wanted)
+        self._least = float(self._nearness(yes).quantile(0.05))
         self.hits = float(self.seen(yes).double().mean())
         self.false_alarms = float(self.seen(no).double().mean())
 
     def seen(self, features: torch.Tensor) -> torch.Tensor:
         """Where it is, [...] of features [..., width]."""
-        flat = features.flatten(0, -2)
-        near, rival = _nearness(flat, self._yes), _nearness(flat, self._no)
-        return ((near > rival) & (near >= self._least)).view(features.shape[:-1])
+        flat = features.flatten(0, -2).double()
+        told = (flat - self._middle) @ self._direction > 0
+        return (told & (self._nearness(flat) >= self._least)).view(features.shape[:-1])
+
+    def _nearness(self, features: torch.Tensor) -> torch.Tensor:
+        return cosines(features, self._known).topk(NEAREST, dim=1).values.mean(1)
 
 
 def _halves(squares: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     known = torch.arange(len(squares)) // 2 % 2 == 0
     return squares[known], squares[~known]
-
-
-def _nearness(features: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
-    return cosines(features, known).topk(NEAREST, dim=1).values.mean(1)
 
 
 def squares_of(encoder: ImageEncoder, pictures: Sequence[Image.Image]) -> torch.Tensor:
