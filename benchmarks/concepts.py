@@ -117,7 +117,7 @@ class Detector:
         (self._known, yes), (others, no) = (_halves(squares.double()) for squares in (yes, no))
         self._middle = (self._known.mean(0) + others.mean(0)) / 2
         sides = [side - self._middle for side in (self._known, others)]
-        gram = sum(side.T @ side / len(side) for side in sides)
+        gram = torch.stack([side.T @ side / len(side) for side in sides]).sum(0)
         ridge = RIDGE * gram.trace() / len(gram) * torch.eye(len(gram), dtype=gram.dtype)
         wanted = sides[0].mean(0) - sides[1].mean(0)
         self._direction = torch.linalg.solve(gram + ridge, wanted)
@@ -132,7 +132,8 @@ class Detector:
         return (told & (self._nearness(flat) >= self._least)).view(features.shape[:-1])
 
     def _nearness(self, features: torch.Tensor) -> torch.Tensor:
-        return cosines(features, self._known).topk(NEAREST, dim=1).values.mean(1)
+        nearest: torch.Tensor = cosines(features, self._known).topk(NEAREST, dim=1).values
+        return nearest.mean(1)
 
 
 def _halves(squares: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

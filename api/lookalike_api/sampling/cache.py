@@ -2,7 +2,7 @@
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Container, Hashable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
@@ -75,26 +75,22 @@ class Cache(Generic[Key, Source, Value]):
 
         What `check` refuses never has any. Raises what `size` raises.
         """
-        taken: list[Kept[Value]] = []
+        sources = dict(wanted)
         with self._lock:
-            loads = self.counts.loads
-            try:
-                for key, source in wanted:
-                    kept = self._kept.get(key)
-                    if kept is not None:
-                        self._kept.move_to_end(key)
-                    elif (kept := self._begin(key, source)) is None:
-                        break
-                    kept.pins += 1
-                    taken.append(kept)
-            finally:
-                if len(taken) < len(wanted):
-                    for kept in taken:
-                        kept.pins -= 1
-            if len(taken) < len(wanted):
-                return None
-            # Counted once all are pinned: whoever waits for room asks again and again.
-            self.counts.hits += len(taken) - (self.counts.loads - loads)
+            missing = {key: self.size(s) for key, s in sources.items() if key not in self._kept}
+            needed = sum(missing.values())
+            staying = sum(k.size for key, k in self._kept.items() if k.stays or key in sources)
+            if staying + needed > self.budget:
+                return None  # nothing loads, and nothing makes room, for who cannot come in yet
+            found = {key: self._kept[key] for key in sources if key not in missing}
+            for key in found:
+                self._kept.move_to_end(key)
+            self._make_room(needed, sources)
+            found |= {key: self._begin(key, sources[key], size) for key, size in missing.items()}
+            taken = [found[key] for key, _ in wanted]
+            for kept in taken:
+                kept.pins += 1
+            self.counts.hits += len(wanted) - len(missing)
             return taken
 
     def give_back(self, kept: Kept[Value]) -> None:
@@ -113,18 +109,15 @@ class Cache(Generic[Key, Source, Value]):
         with self._lock:
             return [key for key, kept in self._kept.items() if kept.pins]
 
-    def _begin(self, key: Key, source: Source) -> Kept[Value] | None:
-        """Make room and start to load, if there is room to be had."""
-        size = self.size(source)
-        pinned = sum(kept.size for kept in self._kept.values() if kept.stays)
-        if pinned + size > self.budget:
-            return None
+    def _make_room(self, needed: int, keep: Container[Key]) -> None:
         free = self.budget - sum(kept.size for kept in self._kept.values())
-        for other in [other for other, kept in self._kept.items() if not kept.stays]:
-            if size <= free:
+        for key in [key for key, kept in self._kept.items() if not kept.stays and key not in keep]:
+            if needed <= free:
                 break
-            free += self._kept.pop(other).size
+            free += self._kept.pop(key).size
             self.counts.evictions += 1
+
+    def _begin(self, key: Key, source: Source, size: int) -> Kept[Value]:
         self.counts.loads += 1
         self._kept[key] = kept = Kept(size, self.loaders.submit(self.load, source))
         # A callback that held `kept` would keep what is evicted until cycles are collected.

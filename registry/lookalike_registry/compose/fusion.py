@@ -3,12 +3,17 @@
 Mix-of-Show (Gu et al. 2023, arXiv 2305.18292), "gradient fusion": find the W that answers each
 concept i's inputs X_i as that concept's own weights W_i = W0 + B_i A_i do,
 
-    minimise  sum_i ||W X_i - W_i X_i||² + ridge ||W - W0||²
-    W = W0 + (sum_i B_i A_i G_i) (G + ridge I)^-1,   G_i = X_i X_i^T,   G = sum_i G_i
+    minimise  sum_i ||W X_i - W_i X_i||² + ridge ||W - W0 - sum_i B_i A_i||²
+    W = W0 + (sum_i B_i A_i (G_i + ridge I)) (G + ridge I)^-1,   G_i = X_i X_i^T,   G = sum_i G_i
 
-The published code descends by L-BFGS; the minimum is this formula, and a product again:
+The published code descends by L-BFGS from W0 and ends after a few rounds; the minimum is this
+formula, and a product again:
 
-    B = [B_1 B_2 …],   A = [A_1 G_1; A_2 G_2; …] (G + ridge I)^-1
+    B = [B_1 B_2 …],   A = [A_1 (G_1 + ridge I); A_2 (G_2 + ridge I); …] (G + ridge I)^-1
+
+Concepts ask for different answers to nearly the same inputs: without a ridge the minimum has
+weights a hundred times as large as theirs. With it, what tells them apart too little to go by, and
+what none of them ever sent in, is answered as by the plain sum; one concept alone stays as it is.
 
 Only G [in, in] and the A_i G_i [r_i, in] are kept, so that inputs may stream by, and nothing is
 multiplied out.
@@ -21,10 +26,7 @@ from torch import Tensor
 
 from lookalike_registry.compose.low_rank import LowRank
 
-# Of the inputs' mean square; what no concept ever sent in stays as in W0. The published descent
-# ends after a few rounds, which holds W near W0 too. Concepts ask for different answers to nearly
-# the same inputs, and the exact minimum answers with weights a hundred times as large as theirs.
-RIDGE = 1e-1
+RIDGE = 1e-1  # of the inputs' mean square
 
 
 class Fusion:
@@ -59,8 +61,11 @@ class Fusion:
         """
         if self._unheard:
             raise ValueError(f"concepts {sorted(self._unheard)} were not observed")
+        ridge = self._ridge * self._gram.diagonal().mean()
         total = self._gram.clone()
-        total.diagonal().add_(self._ridge * total.diagonal().mean())
-        down = torch.linalg.solve(total, torch.cat(self._asked), left=False)
+        total.diagonal().add_(ridge)
+        downs = [pair.down.double().flatten(1) for pair in self._pairs]
+        asked = [own + ridge * down for own, down in zip(self._asked, downs, strict=True)]
+        down = torch.linalg.solve(total, torch.cat(asked), left=False)
         up = torch.cat([pair.up for pair in self._pairs], dim=1)
         return LowRank(up, down.to(up.dtype).unflatten(1, self._shape))

@@ -7,7 +7,14 @@ router R between A and B = [B_1 B_2 …] is to send subject k's inputs X_k throu
     R = Q G^-1,   G = sum_k Z_k Z_k^T,   Q = sum_k H_k Z_k^T
 
 and is absorbed into B R, so that the merged LoRA costs what the plain sum does. G and Q are sums:
-inputs are met in any order and forgotten. One prompt and one timestep a subject are enough.
+inputs are met in any order and forgotten.
+
+Subjects share most of their signal (background, the words of a scene), and a few scenes are all
+that is heard: alone, this enlarges what tells them apart by chance, sixfold in K and V of the
+bundled base. So R is held near the plain sum, which is R = I, by ridge ||(R - I) D^½||², D being
+G's diagonal (so that no LoRA's split of its scale over A and B matters):
+
+    R = (Q + ridge D) (G + ridge D)^-1
 """
 
 from collections.abc import Sequence
@@ -17,9 +24,6 @@ from torch import Tensor
 
 from lookalike_registry.compose.low_rank import LowRank
 
-# Of G's own diagonal, so that no LoRA's split of its scale over A and B matters. Subjects share
-# most of their signal (background, the words of a scene), and a few scenes are all that is heard:
-# with less, what tells them apart by chance is enlarged, sixfold in K and V of the bundled base.
 RIDGE = 1e-2
 
 
@@ -54,7 +58,7 @@ class Router:
         if self._unheard:
             raise ValueError(f"subjects {sorted(self._unheard)} were not observed")
         scale = self._gram.diagonal()
-        ridge = torch.where(scale > 0, self._ridge * scale, 1.0)  # a dead row of A stays dead
-        router = torch.linalg.solve(self._gram + ridge.diag(), self._guide, left=False)
+        near = torch.where(scale > 0, self._ridge * scale, 1.0).diag()  # a dead row of A stays dead
+        router = torch.linalg.solve(self._gram + near, self._guide + near, left=False)
         up = torch.cat([pair.up for pair in self._pairs], dim=1)
         return LowRank((up.double() @ router).to(up.dtype), self._down)

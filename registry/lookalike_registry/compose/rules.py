@@ -85,7 +85,7 @@ STRATEGIES = (
         "fusion",
         PRODUCTS,
         frozenset({"seed"}),
-        "ridge least squares: on each concept's own inputs the layer answers as it did alone",
+        "ridge least squares: to each concept's own inputs nearly as it alone, else as the sum",
     ),
 )
 """In the order in which a default is looked for."""

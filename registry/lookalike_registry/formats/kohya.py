@@ -3,8 +3,8 @@
     lora_unet_<module, dots as underscores>.lora_down.weight   A [rank, in] or [rank, in, k, k]
     lora_unet_<…>.lora_up.weight                               B [out, rank] or [out, rank, 1, 1]
     lora_unet_<…>.alpha                                        W' = W + (alpha / rank) B A
-    lora_unet_<…>.dora_scale                                   m [out, 1] or [out, 1, 1, 1]: the
-                                                               lengths of rows (DoRA)
+    lora_unet_<…>.dora_scale                                   m [out, 1] or [out, 1, 1, 1], read as
+                                                               LyCORIS trains it: the rows' lengths
     lora_te_text_model_<…>                                     lora_te1_, lora_te2_ for SDXL
 
 Underscores are in names too, so a name is only read back by knowing the base's modules. kohya names
@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from lookalike_platform.errors import FieldProblem, InvalidRequest
+from lookalike_platform.errors import CapabilityMissing, FieldProblem, InvalidRequest
 from lookalike_registry.adapter_file import base_shapes
 from lookalike_registry.products import Product
 
@@ -39,8 +39,8 @@ _RESNET = {
 def to_kohya(products: Mapping[str, Product], base_folder: Path) -> dict[str, torch.Tensor]:
     """Products by `<part>.<module>`, spelled.
 
-    DoRA's lengths as LyCORIS writes them and ComfyUI reads them; diffusers leaves them out, so that
-    for it the layout of diffusers is the one to take.
+    Raises CapabilityMissing for DoRA: with the same file ComfyUI divides by the lengths of the
+    base's rows, A1111 by those of columns, and diffusers leaves the lengths out.
     One alpha for all: diffusers loses those of single modules, by looking for them under the names
     of old files. So B makes up for modules of another rank.
     """
@@ -48,10 +48,12 @@ def to_kohya(products: Mapping[str, Product], base_folder: Path) -> dict[str, to
     alpha = Counter(len(product.down) for product in products.values()).most_common(1)[0][0]
     tensors = {}
     for name, product in products.items():
-        spelled = _spelled(name, two)
         if product.magnitude is not None:
-            rows = (-1, *(1,) * (product.down.dim() - 1))
-            tensors[f"{spelled}.dora_scale"] = product.magnitude.reshape(rows)
+            raise CapabilityMissing(
+                "DoRA for A1111 and ComfyUI, which compute another one from it: export it as "
+                "diffusers, or train without dora"
+            )
+        spelled = _spelled(name, two)
         tensors[f"{spelled}.lora_down.weight"] = product.down
         tensors[f"{spelled}.lora_up.weight"] = product.up * (len(product.down) / alpha)
         tensors[f"{spelled}.alpha"] = torch.tensor(float(alpha))
@@ -91,6 +93,12 @@ def from_kohya(
         )
         for name, found in sides.items()
         if {"lora_up", "dora_scale"} <= found.keys() and not _of_rows(found)
+    ]
+    dora = {name.partition(".")[0] for name, found in sides.items() if "dora_scale" in found}
+    problems += [
+        FieldProblem(name, "has no dora_scale, and other layers of its part have")
+        for name, found in sides.items()
+        if name.partition(".")[0] in dora and "dora_scale" not in found
     ]
     if problems:
         raise InvalidRequest(f"{filename} holds tensors that cannot be used.", problems)

@@ -155,12 +155,24 @@ def test_all_that_is_asked_for_is_pinned_or_nothing_and_hits_count_once() -> Non
         assert cache.take(together) is None
         assert cache.pinned == ["d"]
     cache.give_back(held)
-    loads, hits = cache.counts.loads, cache.counts.hits
-    assert hits == 0
+    assert (cache.counts.loads, cache.counts.hits) == (1, 0)
     taken = cache.take(together)
     assert taken is not None
     assert [kept.value.result() for kept in taken] == ["a", "c", "a"]
-    assert cache.counts.loads + cache.counts.hits == loads + len(together)
+    assert (cache.counts.loads, cache.counts.hits) == (3, 1)
     for kept in taken:
         cache.give_back(kept)
     assert cache.pinned == []
+
+
+def test_who_cannot_come_in_yet_drives_nobody_out() -> None:
+    cache = make(str)
+    for key in ("a", "b"):
+        kept = take(cache, key)
+        assert kept is not None
+        kept.value.result()
+        if key == "a":
+            cache.give_back(kept)
+    assert cache.take([("a", "a"), ("d", "d")]) is None  # b is in use, and they are too large
+    assert list(cache._kept) == ["a", "b"]
+    assert (cache.counts.loads, cache.counts.evictions) == (2, 0)

@@ -40,7 +40,8 @@ def test_fusion_is_the_ridge_regression_of_all_concepts_outputs(tokens: int) -> 
     outputs = torch.cat([x @ w.T for w, x in zip(tuned, inputs, strict=True)]).numpy()
     ridge = np.sqrt(RIDGE * (rows**2).sum() / WIDTH)
     rows = np.vstack([rows, ridge * np.eye(WIDTH)])
-    outputs = np.vstack([outputs, ridge * base.numpy().T])
+    plain_sum = base + torch.stack([pair.dense() for pair in pairs]).sum(0)
+    outputs = np.vstack([outputs, ridge * plain_sum.numpy().T])
     expected = np.linalg.lstsq(rows, outputs)[0].T
     found = fused(pairs, inputs)
     assert len(found.down) == 3 * RANK
@@ -84,22 +85,28 @@ def test_of_a_convolution_the_patches_under_its_kernel_are_the_inputs() -> None:
     torch.testing.assert_close(found.dense().flatten(1), fused(flat, inputs).dense())
 
 
-def test_concepts_that_never_meet_keep_their_outputs_and_the_rest_stays() -> None:
+def test_concepts_that_never_meet_keep_their_outputs_and_the_rest_is_as_in_the_sum() -> None:
     base, pairs, _ = concepts(2)
     basis = torch.linalg.qr(torch.randn(WIDTH, WIDTH, dtype=torch.float64))[0].T
     inputs = [basis[:3], basis[3:6]]
     found = base + fused(pairs, inputs, EXACT).dense()
     tuned = [base + pair.dense() for pair in pairs]
-    for seen, weight in [*zip(inputs, tuned, strict=True), (basis[6:], base)]:
+    plain_sum = base + pairs[0].dense() + pairs[1].dense()
+    for seen, weight in [*zip(inputs, tuned, strict=True), (basis[6:], plain_sum)]:
         torch.testing.assert_close(seen @ found.T, seen @ weight.T, rtol=1e-5, atol=1e-5)
 
 
 def test_different_answers_to_nearly_the_same_inputs_make_no_large_weights() -> None:
     _, pairs, [inputs, _] = concepts(2, tokens=2)
     alike = [inputs, inputs + 1e-2 * torch.randn_like(inputs)]
-    largest = max(pair.dense().norm() for pair in pairs)
-    assert fused(pairs, alike, EXACT).dense().norm() > 3 * largest
-    assert fused(pairs, alike).dense().norm() < largest
+    plain_sum = (pairs[0].dense() + pairs[1].dense()).norm()
+    assert fused(pairs, alike, EXACT).dense().norm() > 3 * plain_sum
+    assert fused(pairs, alike).dense().norm() < 1.1 * plain_sum
+
+
+def test_one_concept_alone_is_left_as_it_is() -> None:
+    _, [pair], [inputs] = concepts(1)
+    torch.testing.assert_close(fused([pair], [inputs]).dense(), pair.dense())
 
 
 def test_a_concept_without_inputs_is_refused() -> None:

@@ -1,5 +1,6 @@
 """What is exported paints in plain diffusers what it paints here, and comes back the same."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,9 @@ from safetensors.torch import load_file, save_file
 from lookalike_platform.errors import CapabilityMissing, InvalidRequest
 from lookalike_registry.adapter_file import LoraCard, check_against_base
 from lookalike_registry.formats.export import Exported, export
-from lookalike_registry.formats.kohya import spellings
+from lookalike_registry.formats.kohya import spellings, to_kohya
 from lookalike_registry.formats.load import load, save
-from lookalike_registry.products import Product
+from lookalike_registry.products import Product, read_lora
 from lookalike_registry.tensor_file import check_tensors, modelspec, save_tensors
 from support_formats import diffusers_paints, pipeline, same, saved, we_paint
 
@@ -52,14 +53,30 @@ def test_a_lora_paints_the_same_there_and_comes_back(base: Path, tmp_path: Path,
     assert same(we_paint(base, PROMPT, *imported([made], base, tmp_path / "back")), ours)
 
 
-def test_a_dora_in_kohyas_spelling_is_what_comfyui_computes_of_it_and_comes_back(
-    base: Path, tmp_path: Path
-) -> None:
-    file = saved(base, tmp_path / "own", "lora", dora=True, **LORA)
-    (made,) = exported(file, base, "kohya", tmp_path / "out").files
-    ours = we_paint(base, PROMPT, "lora", file)
-    assert same(we_paint(base, PROMPT, *imported([made], base, tmp_path / "back")), ours)
+def lycoris_dora(base: Path, folder: Path) -> tuple[Path, Path]:
+    """A DoRA of ours, and the same as LyCORIS writes it."""
+    ours = saved(base, folder / "own", "lora", dora=True, **LORA)
+    products = read_lora(ours)
+    plain = {name: replace(product, magnitude=None) for name, product in products.items()}
+    tensors = to_kohya(plain, base)
+    names = {
+        name: spelled for spelled, name in spellings(base).items() if f"{spelled}.alpha" in tensors
+    }
+    for name, product in products.items():
+        assert product.magnitude is not None
+        rows = (-1, *(1,) * (product.down.dim() - 1))
+        tensors[f"{names[name]}.dora_scale"] = product.magnitude.reshape(rows)
+    made = folder / "lycoris.safetensors"
+    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, made)
+    return ours, made
 
+
+def test_a_dora_that_lycoris_wrote_is_what_it_trains(base: Path, tmp_path: Path) -> None:
+    ours, made = lycoris_dora(base, tmp_path)
+    expected = we_paint(base, PROMPT, "lora", ours)
+    assert same(we_paint(base, PROMPT, *imported([made], base, tmp_path / "back")), expected)
+
+    # W' = m (W + (alpha / rank) B A) / ||W + (alpha / rank) B A||, row by row, in plain diffusers.
     tensors, known = load_file(made), spellings(base)
     pipe = pipeline(base)
     for key in [key for key in tensors if key.endswith(".dora_scale")]:
@@ -74,20 +91,25 @@ def test_a_dora_in_kohyas_spelling_is_what_comfyui_computes_of_it_and_comes_back
         whole = layer.weight.data + tensors[f"{stem}.alpha"] / len(down) * product
         lengths = whole.flatten(1).norm(dim=1).reshape(tensors[key].shape)
         layer.weight.data = tensors[key] * whole / lengths
-    assert same(diffusers_paints(pipe, PROMPT), ours)
+    assert same(diffusers_paints(pipe, PROMPT), expected)
 
 
-def test_lengths_of_columns_are_refused_by_name(base: Path, tmp_path: Path) -> None:
-    """LyCORIS without wd_on_out: another DoRA than PEFT's."""
-    file = saved(base, tmp_path / "own", "lora", rank=2, dora=True)
-    (made,) = exported(file, base, "kohya", tmp_path / "out").files
+def test_lengths_of_columns_and_of_some_layers_only_are_refused_by_name(
+    base: Path, tmp_path: Path
+) -> None:
+    """The former is LyCORIS without wd_on_out: another DoRA than PEFT's."""
+    _, made = lycoris_dora(base, tmp_path)
     tensors = load_file(made)
     key = next(key for key in tensors if key.endswith("to_q.dora_scale"))
-    save_file(tensors | {key: torch.ones(1, len(tensors[key]))}, made)
-    with pytest.raises(InvalidRequest) as refused:
-        load([made], base)
-    assert [field.path for field in refused.value.fields] == [spellings(base)[key.split(".")[0]]]
-    assert "wd_on_out" in refused.value.fields[0].message
+    layer = spellings(base)[key.split(".")[0]]
+    some = {name: tensor for name, tensor in tensors.items() if name != key}
+    columns = some | {key: torch.ones(1, len(tensors[key]))}
+    for changed, why in ((columns, "wd_on_out"), (some, "has no dora_scale")):
+        save_file(changed, made)
+        with pytest.raises(InvalidRequest) as refused:
+            load([made], base)
+        assert [field.path for field in refused.value.fields] == [layer]
+        assert why in refused.value.fields[0].message
 
 
 @pytest.mark.parametrize("form", ["diffusers", "kohya"])
@@ -307,6 +329,9 @@ def test_files_of_no_known_format_of_another_base_and_pickles_are_refused(
 
 
 def test_what_a_format_cannot_hold_is_said(base: Path, tmp_path: Path) -> None:
+    dora = saved(base, tmp_path / "dora", "lora", rank=2, dora=True)
+    with pytest.raises(CapabilityMissing, match="DoRA"):
+        exported(dora, base, "kohya", tmp_path / "out")
     with pytest.raises(CapabilityMissing, match="lora"):
         exported(saved(base, tmp_path / "full", "dreambooth"), base, "diffusers", tmp_path / "out")
 

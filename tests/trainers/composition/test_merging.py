@@ -155,7 +155,7 @@ def test_ssr_and_fusion_are_theirs_in_every_layer(
         changes = [pair[name].dense().double().flatten(1) for pair in (one, other)]
         whole = sum(grams)
         ridge = RIDGE * whole.diagonal().mean() * torch.eye(len(whole), dtype=torch.float64)
-        wanted = sum(change @ own for change, own in zip(changes, grams, strict=True))
+        wanted = sum(change @ (own + ridge) for change, own in zip(changes, grams, strict=True))
         expected = wanted @ torch.linalg.inv(whole + ridge)
         found = fused[name].dense().double().flatten(1)
         torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
