@@ -16,9 +16,10 @@ from RESULTS; there the pictures lie, and `pair.png` shows some of each row.
 """
 
 import argparse
+import hashlib
 import itertools
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,9 +70,13 @@ class Bench:
     painter: Painter
     results: Path
 
+    def folder(self, name: str, orders: Sequence[Order]) -> Path:
+        key = hashlib.sha256(repr((self.painter.steps, orders)).encode()).hexdigest()
+        return self.results / "pictures" / name / key[:16]
+
     def pictures(self, name: str, orders: Sequence[Order]) -> list[Image.Image]:
-        """Painted, or as they were painted before."""
-        folder = self.results / "pictures" / name
+        """Painted, or as they were painted before: kept by all that decides them."""
+        folder = self.folder(name, orders)
         files = [folder / f"{number}.png" for number in range(len(orders))]
         if not all(file.exists() for file in files):
             folder.mkdir(parents=True, exist_ok=True)
@@ -101,10 +106,10 @@ def pair(bench: Bench, subjects: tuple[Subject, Subject], steps: int) -> None:
     names = "-".join(subject.name for subject in subjects)
 
     def look(name: str, asked: Sequence[Order]) -> torch.Tensor:
-        kept = bench.results / "features" / f"{names} {name} {encoder.digest[:16]}.pt"
+        pictures = bench.pictures(f"{names}/{name}", asked)
+        kept = bench.folder(f"{names}/{name}", asked) / f"{encoder.digest[:16]}.pt"
         if not kept.exists():
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            torch.save(squares_of(encoder, bench.pictures(f"{names}/{name}", asked)), kept)
+            torch.save(squares_of(encoder, pictures), kept)
         features: torch.Tensor = torch.load(kept, weights_only=True)
         return features
 
@@ -124,7 +129,8 @@ def pair(bench: Bench, subjects: tuple[Subject, Subject], steps: int) -> None:
         seen = [detector.seen(squares) for detector in detectors]
         shares = [both(*seen), *(one.any(1) for one in seen)]
         print(f"| {name} | {' | '.join(_share(share) for share in shares)} |", flush=True)
-    _sheet(bench.results, names, list(rows))
+    shown = {name: bench.pictures(f"{names}/{name}", asked) for name, asked in rows.items()}
+    _sheet(shown).save(bench.results / "pair.png")
 
 
 def many(bench: Bench, subjects: Sequence[Subject], steps: int) -> None:
@@ -224,20 +230,17 @@ def _share(found: torch.Tensor) -> str:
     return f"{estimate.mean:.2f} ({estimate.low:.2f}–{estimate.high:.2f})"
 
 
-def _sheet(results: Path, names: str, rows: Sequence[str]) -> None:
-    """Some pictures of each row, under its name."""
-    first = Image.open(results / "pictures" / names / rows[0] / "0.png")
-    width, height = first.width + 4, first.height + 16
+def _sheet(rows: Mapping[str, Sequence[Image.Image]]) -> Image.Image:
+    """Some pictures of each row, under its name: every fifth prompt, so that either is first."""
+    (some, *_) = rows.values()
+    width, height = some[0].width + 4, some[0].height + 16
     sheet = Image.new("RGB", (SHOWN * width, len(rows) * height), "white")
     draw = ImageDraw.Draw(sheet)
-    for row, name in enumerate(rows):
+    for row, (name, pictures) in enumerate(rows.items()):
         draw.text((2, row * height), name, "black")
-        for column in range(SHOWN):
-            # Every fifth prompt: other scenes, and either first.
-            number = column * 5
-            with Image.open(results / "pictures" / names / name / f"{number}.png") as picture:
-                sheet.paste(picture, (column * width, row * height + 14))
-    sheet.save(results / "pair.png")
+        for column, picture in enumerate(pictures[:: len(pictures) // SHOWN]):
+            sheet.paste(picture, (column * width, row * height + 14))
+    return sheet
 
 
 def _turned(subject: Subject, folder: Path) -> Subject:
@@ -277,7 +280,9 @@ def main() -> None:
             pair(bench, (by_name[names[0]], by_name[names[1]]), asked.steps)
         if "many" in asked.parts:
             most = max(COUNTS)
-            turned = [_turned(s, asked.results / "turned") for s in found[: most - len(found)]]
+            turned = [
+                _turned(s, asked.results / "turned") for s in found[: max(0, most - len(found))]
+            ]
             many(bench, [*found, *turned][:most], asked.steps)
 
 

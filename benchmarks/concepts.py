@@ -108,7 +108,7 @@ class Detector:
     Which direction of its features tells the subject is learned by ridge regression, 1 and -1 as
     targets, of squares that have it, as its own adapter paints it, and squares that have not.
     What resembles nothing known is no subject: a square must be as near to some that have it, by
-    the mean cosine of the nearest few, as all but one in twenty that have it are.
+    the mean cosine of the nearest few, as all but one in twenty of these are to the others.
     """
 
     def __init__(self, yes: torch.Tensor, no: torch.Tensor) -> None:
@@ -121,7 +121,8 @@ class Detector:
         ridge = RIDGE * gram.trace() / len(gram) * torch.eye(len(gram), dtype=gram.dtype)
         wanted = sides[0].mean(0) - sides[1].mean(0)
         self._direction = torch.linalg.solve(gram + ridge, wanted)
-        self._least = float(self._nearness(yes).quantile(0.05))
+        among = cosines(self._known, self._known).topk(NEAREST + 1, dim=1).values[:, 1:]
+        self._least = float(among.mean(1).quantile(0.05))  # each left out of its own nearest
         self.hits = float(self.seen(yes).double().mean())
         self.false_alarms = float(self.seen(no).double().mean())
 

@@ -11,6 +11,7 @@ import os
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -203,15 +204,15 @@ def _train(folder: Path, scenario: Scenario) -> Outcome:
         }
     card = Card("t", "sd1", 64, config.trigger, "epsilon")
     adapter = None
+    trainable = {n for n, p in method.module.named_parameters() if p.requires_grad}
     with engine.whole(method.module):
-        after = {name: p.detach().clone() for name, p in method.module.named_parameters()}
-        trainable = {n for n, p in method.module.named_parameters() if p.requires_grad}
         if rank == 0 and error is None:
             result = folder / f"{scenario.name}-{world}"
             result.mkdir()
             adapter = sha256_file(method.save(result, card))
     split = all(hasattr(p, "ds_tensor") and not p.numel() for p in method.module.parameters())
-    frozen = [n for n in before if n not in trainable and after[n].shape == before[n].shape]
+    after = _values(method.module, scenario.zero_stage)
+    frozen = [name for name in before if name not in trainable]
     return Outcome(
         losses=losses,
         weights=weights,
@@ -221,6 +222,15 @@ def _train(folder: Path, scenario: Scenario) -> Outcome:
         error=error,
         split=split,
     )
+
+
+def _values(module: Any, zero_stage: int) -> dict[str, Any]:
+    """All parameters, those that do not train too, whole."""
+    from deepspeed.runtime.zero.partition_parameters import GatheredParameters
+
+    everything = list(module.parameters())
+    with GatheredParameters(everything) if zero_stage == 3 else nullcontext():
+        return {name: p.detach().clone() for name, p in module.named_parameters()}
 
 
 def _split_small_parameters_too() -> None:

@@ -24,13 +24,13 @@ CALL_SECONDS = 1.0
 
 def call(url: str) -> None:
     """Tell the worker at `url` that there is a generation; one that does not answer is let be."""
-    request = urllib.request.Request(f"{url.rstrip('/')}/tickets", data=b"", method="POST")
     # No proxy of the environment stands between two parts of one installation.
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
+        request = urllib.request.Request(f"{url.rstrip('/')}/tickets", data=b"", method="POST")
         with opener.open(request, timeout=CALL_SECONDS):
             pass
-    except (OSError, http.client.HTTPException) as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:
         log.warning("the sampler at %s does not answer (%s): the broker will tell it", url, error)
 
 

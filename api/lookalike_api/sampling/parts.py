@@ -113,10 +113,11 @@ def _read(
         if said.tokens > most
     ]
     blank = base.read_negative(order.negative_prompt, dressed)
-    both = [text.expand(count) for text in same_depth([blank.text, read.text])]
-    text = Text.cat(both).of_size(order.height, order.width)
+    both = same_depth([blank.text, read.text])
+    text = Text.cat([one.expand(count) for one in both]).of_size(order.height, order.width)
     outfit = tuple((one.adapter, one.file.scale) for one in dressed)
-    answers = base.edits.answers(outfit, text.features)
+    once = base.edits.answers(outfit, Text.cat(both).features)
+    answers = {name: said.repeat_interleave(count, dim=0) for name, said in once.items()}
     return Part(base.worn, outfit, text, answers, warnings=warnings)
 
 

@@ -160,7 +160,7 @@ def calls_of(engine: Orders) -> list[int]:
 
 
 @pytest.mark.usefixtures("exact")
-def test_32_orders_with_32_adapters_are_each_as_plain_diffusers_makes_them_alone(
+def test_32_orders_with_32_adapters_are_each_as_made_alone(
     engine: Orders,
     base_folder: Path,
     trained_files: dict[str, AdapterFile],

@@ -248,3 +248,19 @@ def test_slots_already_worn_stay_on_and_others_replace_them() -> None:
     assert not torch.allclose(swapped[0], bare[0])
     edits.put_on([])
     torch.testing.assert_close(toy(x, t, text), bare, rtol=0, atol=0)
+
+
+def test_what_k_and_v_say_of_a_text_is_known_while_it_is_worn_and_goes_with_it(base: Path) -> None:
+    parts = BaseParts(base, CPU)
+    edits = RowEdits(parts.unet)
+    with torch.inference_mode():
+        text, other = (parts.encode([prompt] * 2, RESOLUTION) for prompt in ("a dog", "blue"))
+        latents, timesteps = asked(2, 0)
+        bare, bare_other = (predict(parts.unet, latents, timesteps, one) for one in (text, other))
+        assert not torch.allclose(bare, bare_other)
+        edits.put_on([Slot((), 2, edits.answers((), text.features))])
+        for one in (text, other):  # nobody is asked about the text any more
+            torch.testing.assert_close(predict(parts.unet, latents, timesteps, one), bare)
+        edits.put_on([])
+        again = predict(parts.unet, latents, timesteps, other)
+    torch.testing.assert_close(again, bare_other, rtol=0, atol=0)

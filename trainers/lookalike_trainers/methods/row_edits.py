@@ -119,8 +119,8 @@ class RowEdits:
         merged = _merged(slots)
         for name, layer in self._layers.items():
             changes = list(self._changes(name, layer, merged))
-            if merged and all(name in slot.answers for slot in merged):
-                said = torch.cat([slot.answers[name] for slot in merged])
+            if slots and all(name in slot.answers for slot in slots):
+                said = torch.cat([slot.answers[name] for slot in slots])
                 layer.forward = _says(said, kept=bool(changes))  # goes before the class's own
                 self._on.callback(delattr, layer, "forward")
             if changes:
@@ -201,9 +201,7 @@ def _merged(slots: Sequence[Slot]) -> list[Slot]:
     """Neighbours that wear the same in the same places as one slot."""
     whole = []
     for (outfit, layout), same in groupby(slots, key=lambda slot: (slot.outfit, slot.layout)):
-        parts = list(same)
-        answers = {name: torch.cat([p.answers[name] for p in parts]) for name in parts[0].answers}
-        whole.append(Slot(outfit, sum(part.rows for part in parts), answers, layout))
+        whole.append(Slot(outfit, sum(slot.rows for slot in same), layout=layout))
     return whole
 
 
