@@ -236,11 +236,11 @@ def test_only_hub_ids_can_be_fetched() -> None:
         bases.fetch("/some/folder")
 
 
-def test_nothing_of_the_platform_but_the_sampling_loop_imports_torch() -> None:
+def test_nothing_of_the_platform_imports_torch_but_what_samples_and_names_devices() -> None:
     program = (
         "import pkgutil, sys, importlib, lookalike_platform as p\n"
         "skip = tuple('lookalike_platform.' + m for m in ('db.migrations', 'diffusion',\n"
-        "    'conditioning', 'guidance', 'probability_flow', 'walk'))\n"
+        "    'conditioning', 'device', 'guidance', 'probability_flow', 'walk'))\n"
         "for module in pkgutil.walk_packages(p.__path__, 'lookalike_platform.'):\n"
         "    if not module.name.startswith(skip): importlib.import_module(module.name)\n"
         "heavy = {'torch', 'diffusers', 'transformers', 'boto3', 'huggingface_hub'}\n"

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from PIL import Image, ImageOps
@@ -231,7 +232,11 @@ def test_prior_images_are_drawn_once_and_more_of_them_keep_the_first(
 def test_an_image_depends_on_its_own_seed_alone(parts: BaseParts, tmp_path: Path) -> None:
     together, _ = prior(parts, tmp_path / "one", count=3)
     shifted, _ = prior(parts, tmp_path / "two", count=1, seed=2)
-    assert shifted.digests[0] == together.digests[2]
+    alone = numpy.asarray(Image.open(shifted.paths[0]), dtype=int)
+    first, _, last = (numpy.asarray(Image.open(path), dtype=int) for path in together.paths)
+    # Batches of other sizes are summed in another order: colours may round either way.
+    assert abs(alone - last).max() <= 1
+    assert abs(alone - first).max() > 1
 
 
 @pytest.mark.parametrize(
