@@ -261,6 +261,8 @@ def test_what_k_and_v_say_of_a_text_is_known_while_it_is_worn_and_goes_with_it(b
         edits.put_on([Slot((), 2, edits.answers((), text.features))])
         for one in (text, other):  # nobody is asked about the text any more
             torch.testing.assert_close(predict(parts.unet, latents, timesteps, one), bare)
+        with pytest.raises(ValueError, match="known"):
+            edits.put_on([Slot((), 1, edits.answers((), text.features[:1])), Slot((), 1)])
         edits.put_on([])
         again = predict(parts.unet, latents, timesteps, other)
     torch.testing.assert_close(again, bare_other, rtol=0, atol=0)

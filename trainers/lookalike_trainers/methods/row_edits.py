@@ -42,7 +42,8 @@ Change = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 class Slot:
     """Rows that stand together in a batch and wear the same.
 
-    answers: as `RowEdits.answers` gives them
+    answers: as `RowEdits.answers` gives them, of all slots or of none: without them K and V are the
+        base's own, asked for at each step
     layout: where of a picture each adapter acts, and each token is heard; None is everywhere
     """
 
@@ -110,16 +111,18 @@ class RowEdits:
 
         The very slots that they wear already cost nothing.
 
-        Raises ValueError if some of them have regions and others have none.
+        Raises ValueError if some of them have regions, or answers, and others have none.
         """
         if self._slots == list(slots):
             return
+        if len({bool(slot.answers) for slot in slots}) > 1:
+            raise ValueError("of some rows K and V are known, and of others they are not")
         self._slots = None  # until all of them are on
         self._on.close()
         merged = _merged(slots)
         for name, layer in self._layers.items():
             changes = list(self._changes(name, layer, merged))
-            if slots and all(name in slot.answers for slot in slots):
+            if slots and name in slots[0].answers:
                 said = torch.cat([slot.answers[name] for slot in slots])
                 layer.forward = _says(said, kept=bool(changes))  # goes before the class's own
                 self._on.callback(delattr, layer, "forward")
