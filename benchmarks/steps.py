@@ -125,8 +125,7 @@ def bare(run: Run) -> Step:
     batch = run.data.batch(0, 0, 0, 1)
 
     def step(number: int) -> None:
-        predicted = method.module(batch.noisy, batch.timesteps, batch.text)
-        method.loss(predicted, batch).backward()
+        method.loss(batch.answered_by(method.module), batch).backward()
         torch.nn.utils.clip_grad_norm_(trainables, run.config.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()

@@ -41,11 +41,16 @@ def batch(method: Any, parts: BaseParts, dtype: torch.dtype = torch.float32) -> 
     text: Any = parts.ids(PROMPTS)
     if not len(method.module.text_encoders):
         text = parts.encode(PROMPTS, RESOLUTION).to("cpu", dtype)
-    return Batch(noisy, torch.tensor([10, 700]), text, target, weight)
+    return Batch(noisy, torch.tensor([10, 700]), text, target, weight, whole(len(noisy)))
+
+
+def whole(count: int) -> torch.Tensor:
+    """What SDXL is told of pictures that nothing was cut from: [count, 6]."""
+    return torch.tensor([[RESOLUTION, RESOLUTION, 0, 0, RESOLUTION, RESOLUTION]] * count)
 
 
 def loss_of(method: Any, one: Batch) -> torch.Tensor:
-    loss: torch.Tensor = method.loss(method.module(one.noisy, one.timesteps, one.text), one)
+    loss: torch.Tensor = method.loss(one.answered_by(method.module), one)
     return loss
 
 

@@ -6,6 +6,9 @@ from typing import Any, Self
 
 import torch
 
+ANY_SIZE = 0
+"""The resolution of text whose size is told later, or that nobody reads."""
+
 
 @dataclass(frozen=True)
 class Text:
@@ -50,10 +53,14 @@ class Text:
 
     def of_size(self, height: int, width: int) -> Self:
         """The prompts for pictures of this size in pixels, whole and uncut."""
+        told = torch.tensor([[height, width, 0, 0, height, width]], device=self.features.device)
+        return self.with_time_ids(told.expand(len(self), -1))
+
+    def with_time_ids(self, time_ids: torch.Tensor) -> Self:
+        """The prompts for pictures of these sizes [n, 6], where the denoiser is told of them."""
         if self.time_ids is None:
             return self
-        told = self.time_ids.new_tensor([height, width, 0, 0, height, width])
-        return type(self)(self.features, self.pooled, told.expand(len(self), -1))
+        return type(self)(self.features, self.pooled, time_ids.to(self.time_ids.dtype))
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """What is not None, by name: `Text(**text.tensors())` is the text again."""

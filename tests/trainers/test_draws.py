@@ -16,6 +16,7 @@ from lookalike_trainers.method_configs import LoraConfig
 from lookalike_trainers.objective import NoiseSchedule
 
 PHOTOS, CLASS_IMAGES = 3, 5
+SIZES = (64, 64, 0, 0, 64, 64)
 
 
 def one(step: int = 0, place: int = 0, seed: int = 0, **changes: Any) -> Draw:
@@ -36,7 +37,7 @@ def data(**config: Any) -> TrainingData:
         return [[view()] for _ in range(count)]
 
     def view() -> View:
-        return View(Moments(torch.randn(4, 8, 8), torch.rand(4, 8, 8)), caption=1)
+        return View(Moments(torch.randn(4, 8, 8), torch.rand(4, 8, 8)), 1, SIZES)
 
     torch.manual_seed(0)
     return TrainingData(
@@ -173,7 +174,9 @@ def test_steps_are_of_one_bucket_each_and_photos_of_all_come_equally_often() -> 
 
 def test_a_batch_shows_the_photos_of_its_bucket_in_their_shape() -> None:
     def photo(height: int, width: int) -> list[View]:
-        return [View(Moments(torch.randn(4, height, width), torch.rand(4, height, width)), 1)]
+        return [
+            View(Moments(torch.randn(4, height, width), torch.rand(4, height, width)), 1, SIZES)
+        ]
 
     wide, tall = [photo(6, 10) for _ in range(2)], [photo(10, 6)]
     bucketed = replace(data(), buckets=[Bucket(wide, []), Bucket(tall, [])], config=LoraConfig())
@@ -215,7 +218,9 @@ def test_evaluation_is_of_photos_under_luck_of_its_own_that_never_changes() -> N
 
 def test_evaluation_of_several_shapes_is_one_mean_over_all_of_them() -> None:
     def photo(height: int, width: int) -> list[View]:
-        return [View(Moments(torch.randn(4, height, width), torch.rand(4, height, width)), 1)]
+        return [
+            View(Moments(torch.randn(4, height, width), torch.rand(4, height, width)), 1, SIZES)
+        ]
 
     buckets = [Bucket([photo(6, 10), photo(6, 10)], []), Bucket([photo(10, 6)], [])]
     batches = replace(data(), buckets=buckets, config=LoraConfig()).evaluation()

@@ -79,7 +79,7 @@ def test_loss_and_gradient_are_the_subjects_and_the_distance_from_the_base_on_th
         for parameter in trained:
             parameter.normal_(std=0.3)
     batch = in_float64(data).batch(0, 0, 0, 1)
-    loss = method.loss(method.module(batch.noisy, batch.timesteps, batch.text), batch)
+    loss = method.loss(batch.answered_by(method.module), batch)
     gradients = torch.autograd.grad(loss, trained)
 
     base = BaseParts(folder / "base", CPU)
@@ -101,7 +101,7 @@ def test_loss_and_gradient_are_the_subjects_and_the_distance_from_the_base_on_th
 def test_an_adapter_at_its_start_is_not_pulled_anywhere(folder: Path, mixed_precision: str) -> None:
     method, data = prepared(folder, mixed_precision=mixed_precision)
     batch = data.batch(3, 0, 0, 1)
-    prediction = method.module(batch.noisy, batch.timesteps, batch.text)
+    prediction = batch.answered_by(method.module)
     torch.testing.assert_close(prediction[2:].float(), batch.target[2:], rtol=0, atol=1e-6)
     assert (prediction[:2] - batch.target[:2]).abs().max() > 0.1
 
@@ -111,7 +111,7 @@ def test_the_base_answers_for_the_class_where_the_text_encoder_trains_too(folder
     batch = data.batch(1, 0, 0, 1)
     assert isinstance(batch.text, torch.Tensor)
     assert torch.equal(batch.text[2:], BaseParts(folder / "base", CPU).ids(["a dog"] * 2))
-    prediction = method.module(batch.noisy, batch.timesteps, batch.text)
+    prediction = batch.answered_by(method.module)
     torch.testing.assert_close(prediction[2:].float(), batch.target[2:], rtol=0, atol=1e-6)
 
 

@@ -94,7 +94,7 @@ def test_batches_of_buckets_masks_and_crops_come_out_of_the_caches(folder: Path)
 
 
 @pytest.mark.parametrize("token_vectors", [0, 1])
-def test_sdxls_denoiser_is_told_each_buckets_size(
+def test_sdxls_denoiser_is_told_each_photos_size_and_where_it_was_cut(
     folder: Path, tmp_path: Path, token_vectors: int
 ) -> None:
     (tmp_path / "photos").symlink_to(folder / "photos")
@@ -115,11 +115,13 @@ def test_sdxls_denoiser_is_told_each_buckets_size(
     shapes = set()
     for step in range(len(SIZES)):
         batch = data.batch(step, 0, 0, 1)
+        batch.answered_by(module)
         height, width = (side * VAE_SCALE for side in batch.noisy.shape[2:])
-        module(batch.noisy, batch.timesteps, batch.text)
-        assert told[-1].tolist() == [[height, width, 0, 0, height, width]] * len(batch.noisy)
-        shapes.add((height, width))
-    assert len(shapes) > 1
+        assert {tuple(row[4:]) for row in told[-1].tolist()} == {(height, width)}
+        shapes |= {tuple(row) for row in told[-1].tolist()}
+    # Photos of 96 x 80, 120 x 60, 60 x 120 and 300 x 100, heights before widths, tops before lefts.
+    assert (100, 300, 0, 12, 40, 96) in shapes  # 300 x 100 as 120 x 40, of which 96 in the middle
+    assert len(shapes) == len(SIZES)
 
 
 def test_own_class_images_have_their_captions_or_the_class_prompt_and_none_are_drawn(

@@ -1,5 +1,6 @@
 """Batches of a run, made from cached latents and text features. Torch."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -20,8 +21,9 @@ class Batch:
     """One rank's share of a step: instance samples first, then as many that preserve the class.
 
     noisy, target: [n, c, h, w]; timesteps, weight: [n]; text: features, or ids
-    [n, encoders, tokens] where something in the text encoders trains; mask: [n, 1, h, w], how much
-    each place counts in the loss, or None for all alike.
+    [n, encoders, tokens] where something in the text encoders trains; time_ids: [n, 6], what SDXL
+    is told of the views' sizes; mask: [n, 1, h, w], how much each place counts in the loss, or None
+    for all alike.
     """
 
     noisy: torch.Tensor
@@ -29,7 +31,12 @@ class Batch:
     text: Text | torch.Tensor
     target: torch.Tensor
     weight: torch.Tensor
+    time_ids: torch.Tensor
     mask: torch.Tensor | None = None
+
+    def answered_by(self, denoiser: Callable[..., torch.Tensor]) -> torch.Tensor:
+        """What the denoiser, or the engine around it, predicts: [n, c, h, w]."""
+        return denoiser(self.noisy, self.timesteps, self.text, self.time_ids)
 
     def to(self, device: torch.device) -> "Batch":
         moved = {name: value.to(device) for name, value in vars(self).items() if value is not None}
@@ -40,11 +47,13 @@ class Batch:
 class View:
     """One way to see a photo, or a class image, with the rows of its texts.
 
+    time_ids: what SDXL is told of its size (features/views.py).
     class_caption: of the caption with the class noun for the subject, where that is needed.
     """
 
     moments: Moments
     caption: int
+    time_ids: tuple[int, ...]
     class_caption: int = 0
 
 
@@ -66,14 +75,12 @@ class Reference:
     base: Denoiser
     texts: Text
 
-    def predict(
-        self, noisy: torch.Tensor, timesteps: torch.Tensor, rows: list[int]
-    ) -> torch.Tensor:
-        """[n, c, h, w] on the CPU of noisy latents, timesteps and rows of `texts`."""
+    def predict(self, batch: Batch, rows: list[int]) -> torch.Tensor:
+        """[n, c, h, w] on the CPU of a batch's noisy latents under rows of `texts`."""
         device = next(self.base.parameters()).device
         with torch.no_grad():
-            text = self.texts[rows].to(device)
-            return self.base(noisy.to(device), timesteps.to(device), text).to(noisy.dtype).cpu()
+            asked = replace(batch, text=self.texts[rows]).to(device)
+            return asked.answered_by(self.base).to(batch.noisy.dtype).cpu()
 
 
 @dataclass(frozen=True)
@@ -169,6 +176,7 @@ class TrainingData:
             text=self.texts[rows],
             target=self.schedule.target(latents, noise, numbers),
             weight=weight / len(samples),
+            time_ids=torch.tensor([view.time_ids for view, _ in samples]),
             mask=_masks([view.moments for view, _ in samples]),
         )
 
@@ -178,7 +186,7 @@ class TrainingData:
         Differential output preservation: MSE(eps_tuned(x_t, class), eps_base(x_t, class)).
         """
         assert self.reference is not None
-        target = self.reference.predict(batch.noisy, batch.timesteps, rows)
+        target = self.reference.predict(batch, rows)
         return replace(batch, text=self.texts[rows], target=target, mask=None)
 
 
@@ -199,6 +207,7 @@ def side_by_side(batch: Batch, other: Batch, weight: float) -> Batch:
         text=text,
         target=torch.cat([batch.target, other.target]),
         weight=torch.cat([batch.weight, other.weight * weight]),
+        time_ids=torch.cat([batch.time_ids, other.time_ids]),
         mask=mask,
     )
 

@@ -9,26 +9,23 @@ from typing import Any
 import torch
 from torch import nn
 
-from lookalike_platform.conditioning import Text, encode, predict
+from lookalike_platform.conditioning import ANY_SIZE, Text, encode, predict
 
 
 class Denoiser(nn.Module):
     """Noisy latents [n, c, h, w], timesteps [n] and text to the prediction [n, c, h, w].
 
-    With text encoders, text is ids [n, encoders, tokens]; without, a `Text`.
+    With text encoders, text is ids [n, encoders, tokens]; without, a `Text`. time_ids [n, 6]: the
+    pictures' sizes, of which SDXL's UNet is told (conditioning.py).
 
     Args:
-        vae_scale: pixels of a side per latent, for SDXL's UNet, which is told the pictures' size.
         bf16: autocast; weights that train stay in float32.
     """
 
-    def __init__(
-        self, unet: Any, text_encoders: Sequence[Any], *, vae_scale: int, bf16: bool
-    ) -> None:
+    def __init__(self, unet: Any, text_encoders: Sequence[Any], *, bf16: bool) -> None:
         super().__init__()
         self.unet = unet
         self.text_encoders = nn.ModuleList(text_encoders)
-        self.vae_scale = vae_scale
         self.bf16 = bf16
         self.train()
         if bf16:
@@ -39,13 +36,16 @@ class Denoiser(nn.Module):
                     parameter.data = parameter.data.bfloat16()
 
     def forward(
-        self, noisy: torch.Tensor, timesteps: torch.Tensor, text: Text | torch.Tensor
+        self,
+        noisy: torch.Tensor,
+        timesteps: torch.Tensor,
+        text: Text | torch.Tensor,
+        time_ids: torch.Tensor,
     ) -> torch.Tensor:
         with torch.autocast(noisy.device.type, torch.bfloat16, enabled=self.bf16):
-            height, width = (side * self.vae_scale for side in noisy.shape[-2:])
             if isinstance(text, torch.Tensor):
-                text = encode(list(self.text_encoders), text, height)
-            return predict(self.unet, noisy, timesteps, text.of_size(height, width))
+                text = encode(list(self.text_encoders), text, ANY_SIZE)
+            return predict(self.unet, noisy, timesteps, text.with_time_ids(time_ids))
 
 
 def checkpoint_gradients(unet: Any, text_encoders: Sequence[Any]) -> None:

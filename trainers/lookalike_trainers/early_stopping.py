@@ -9,7 +9,6 @@ when it has levelled off:
 
 from collections.abc import Mapping, Sequence
 from statistics import pvariance
-from typing import Any
 
 import torch
 
@@ -27,7 +26,7 @@ def evaluation_loss(engine: Engine, batches: Sequence[Batch]) -> float:
     """The loss of the batches under the present weights; the same number in all processes."""
     with torch.no_grad():
         losses = [
-            weighted_mse(_predict(engine.model, batch), batch.target, batch.weight, batch.mask)
+            weighted_mse(batch.answered_by(engine.model), batch.target, batch.weight, batch.mask)
             for batch in batches
         ]
     mine = float(sum(losses))
@@ -41,8 +40,3 @@ def settled(metrics: Sequence[Mapping[str, float]], config: EarlyStoppingConfig 
     if config is None or len(losses) <= config.window:
         return False
     return pvariance(losses[-config.window :]) < config.epsilon * pvariance(losses)
-
-
-def _predict(model: Any, batch: Batch) -> torch.Tensor:
-    prediction: torch.Tensor = model(batch.noisy, batch.timesteps, batch.text)
-    return prediction

@@ -142,7 +142,7 @@ def optimizer_step(
     total = norm = 0.0
     for micro in range(accumulation):
         batch = data.batch(step, micro, engine.rank, engine.world).to(engine.device)
-        loss = method.loss(engine.model(batch.noisy, batch.timesteps, batch.text), batch)
+        loss = method.loss(batch.answered_by(engine.model), batch)
         # One round tells all processes the loss, whether it is a number, and whether to stop.
         value = float(loss.detach())
         finite = math.isfinite(value)

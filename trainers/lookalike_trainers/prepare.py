@@ -96,6 +96,7 @@ class _Words:
         return View(
             moments,
             caption=self.prompts.index(shown.caption),
+            time_ids=shown.cut.time_ids(*shown.photo.size),
             class_caption=self.of_class.index(plain) if plain in self.of_class else 0,
         )
 
@@ -180,7 +181,7 @@ def _reference(
     if not config.output_preservation:
         return None
     bf16 = config.mixed_precision == "bf16"
-    base = Denoiser(parts.take_frozen_unet(bf16=bf16), [], vae_scale=parts.vae_scale, bf16=bf16)
+    base = Denoiser(parts.take_frozen_unet(bf16=bf16), [], bf16=bf16)
     return Reference(base, _features(prompts, request, config, parts))
 
 

@@ -9,8 +9,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
-from PIL import Image
-
 from lookalike_datasets.features.views import Cut, Photo
 from lookalike_trainers.config import TrainingConfig
 from lookalike_trainers.prompts import class_prompt, instance_captions
@@ -108,8 +106,7 @@ def class_views(
 
 def _nearest(photo: Photo, resolution: int, multiple: int) -> Shape:
     """Of the shapes, the one whose sides have the photo's ratio most nearly."""
-    with Image.open(photo.path) as image:
-        ratio = image.width / image.height
+    ratio = photo.size[0] / photo.size[1]
 
     def distance(shape: Shape) -> float:
         return max(ratio * shape[1] / shape[0], shape[0] / shape[1] / ratio)

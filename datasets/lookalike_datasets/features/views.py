@@ -1,6 +1,7 @@
 """Ways to see a photo: cut to a shape, closer, from afar, mirrored. Torch-free."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from PIL import Image, ImageOps
@@ -14,6 +15,12 @@ class Photo:
 
     path: Path
     sha256: str
+
+    @cached_property
+    def size(self) -> tuple[int, int]:
+        """Width and height in pixels."""
+        with Image.open(self.path) as image:
+            return image.size
 
 
 @dataclass(frozen=True)
@@ -39,11 +46,9 @@ class Cut:
 
     def show(self, photo: Image.Image) -> tuple[Image.Image, Image.Image | None]:
         """The picture (RGB), and where it is to be learned (L, white where it is); None: all."""
-        scale = min(photo.width / self.width, photo.height / self.height) / max(self.zoom, 1)
+        scale, left, top = self._part(*photo.size)
         width, height = self.width * scale, self.height * scale
         reduced = min(self.zoom, 1)
-        x, y = (self.x, self.y) if reduced == 1 else (0.5, 0.5)
-        left, top = (photo.width - width) * x, (photo.height - height) * y
         size = (max(1, round(self.width * reduced)), max(1, round(self.height * reduced)))
 
         def part(of: Image.Image) -> Image.Image:
@@ -67,3 +72,24 @@ class Cut:
         if self.mirrored:
             return ImageOps.mirror(picture), mask and ImageOps.mirror(mask)
         return picture, mask
+
+    def time_ids(self, width: int, height: int) -> tuple[int, ...]:
+        """What SDXL is told of the picture that a photo of `width` x `height` pixels gives.
+
+        Height and width of the photo; the corner of the part shown, top and left, in pixels of the
+        photo as it was resized and perhaps mirrored; height and width of the picture (Podell et al.
+        2023, section 2.2, in diffusers' order). A reduced photo's canvas is whole.
+        """
+        shape = (self.height, self.width)
+        if self.zoom < 1:
+            return *shape, 0, 0, *shape
+        scale, left, top = self._part(width, height)
+        if self.mirrored:
+            left = width - self.width * scale - left
+        return height, width, round(top / scale), round(left / scale), *shape
+
+    def _part(self, width: int, height: int) -> tuple[float, float, float]:
+        """Of such a photo: its pixels in one of the picture's, and where the part shown begins."""
+        scale = min(width / self.width, height / self.height) / max(self.zoom, 1)
+        x, y = (self.x, self.y) if self.zoom >= 1 else (0.5, 0.5)
+        return scale, (width - self.width * scale) * x, (height - self.height * scale) * y

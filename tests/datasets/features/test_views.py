@@ -1,7 +1,7 @@
 """Views of a photo: what is cut out, where it goes, and what of it is to be learned."""
 
 import pytest
-from PIL import Image, ImageOps
+from PIL import Image, ImageChops, ImageOps
 
 from lookalike_datasets.features.views import Cut
 from support_images import picture
@@ -65,3 +65,30 @@ def test_a_mirrored_view_is_the_mirror_image_of_the_plain_one() -> None:
     plain, _ = Cut(32, 32, zoom=1.2, x=0.1).show(picture())
     found, _ = Cut(32, 32, zoom=1.2, x=0.1, mirrored=True).show(picture())
     assert found.tobytes() == ImageOps.mirror(plain).tobytes()
+
+
+@pytest.mark.parametrize("mirrored", [False, True])
+@pytest.mark.parametrize("size", [(96, 80), (60, 130), (40, 30)])
+def test_sdxl_is_told_where_in_the_resized_photo_the_view_lies(
+    size: tuple[int, int], mirrored: bool
+) -> None:
+    down = Image.linear_gradient("L")
+    photo = Image.merge("RGB", (down.rotate(90), down, down)).resize(size)
+    for cut in (Cut(48, 32, mirrored=mirrored), Cut(32, 40, 1.4, 0.2, 0.9, mirrored=mirrored)):
+        height, width, top, left, high, wide = cut.time_ids(*size)
+        assert (width, height, wide, high) == (*size, cut.width, cut.height)
+        # As trainers that resize and then cut do it, by those numbers alone.
+        scale = cut.zoom * max(cut.width / width, cut.height / height)
+        resized = photo.resize(
+            (round(width * scale), round(height * scale)), Image.Resampling.LANCZOS
+        )
+        if mirrored:
+            resized = ImageOps.mirror(resized)
+        expected = resized.crop((left, top, left + wide, top + high))
+        found, _ = cut.show(photo)
+        furthest = [high for _, high in ImageChops.difference(found, expected).getextrema()]
+        assert max(furthest) <= 5  # of 255, across the photo: less than a pixel
+
+
+def test_sdxl_is_told_that_a_reduced_photo_is_whole_on_its_canvas() -> None:
+    assert Cut(48, 32, zoom=0.5, x=1.0).time_ids(300, 200) == (32, 48, 0, 0, 32, 48)

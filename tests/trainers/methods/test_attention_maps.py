@@ -107,15 +107,15 @@ def test_a_photo_without_mask_or_without_the_word_is_not_penalised() -> None:
 def test_watched_attention_answers_as_before(base: Path) -> None:
     method, parts = made(base, "ed_lora")
     one = batch(method, parts)
-    before = method.module(one.noisy, one.timesteps, one.text)
+    before = one.answered_by(method.module)
     maps = AttentionMaps(method.module.unet, cross_attention(method.module.unet))
-    after = method.module(one.noisy, one.timesteps, one.text)
+    after = one.answered_by(method.module)
     torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-6)
     for places, seen in maps.take().items():
         torch.testing.assert_close(seen.sum(-1), torch.ones(2, places))
     assert not maps.take()
     with torch.no_grad():
-        method.module(one.noisy, one.timesteps, one.text)
+        one.answered_by(method.module)
     assert not maps.take()
 
 

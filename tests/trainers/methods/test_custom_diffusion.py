@@ -21,6 +21,7 @@ from lookalike_trainers.prepare import prepare
 from lookalike_trainers.run_request import MoreSubject
 from lookalike_trainers.subjects import subjects_of
 from support_images import photo
+from support_methods import whole
 from support_models import RESOLUTION, VAE_SCALE, WIDTH, save_base
 from support_ranks import run_request
 
@@ -48,7 +49,9 @@ def batch(parts: BaseParts, dtype: torch.dtype = torch.float32) -> Batch:
     g = torch.Generator().manual_seed(0)
     noisy, target = torch.randn(2, 2, 4, SIDE, SIDE, generator=g, dtype=dtype)
     weight = torch.tensor([1.0, 0.7], dtype=dtype)
-    return Batch(noisy, torch.tensor([10, 700]), parts.ids(PROMPTS), target, weight)
+    return Batch(
+        noisy, torch.tensor([10, 700]), parts.ids(PROMPTS), target, weight, whole(len(noisy))
+    )
 
 
 def trained(base: Path, steps: int = 3, **config: Any) -> tuple[CustomDiffusion, BaseParts]:
@@ -56,7 +59,7 @@ def trained(base: Path, steps: int = 3, **config: Any) -> tuple[CustomDiffusion,
     optimizer = torch.optim.AdamW(method.parameter_groups())
     for _ in range(steps):
         one = batch(parts)
-        method.loss(method.module(one.noisy, one.timesteps, one.text), one).backward()
+        method.loss(one.answered_by(method.module), one).backward()
         optimizer.step()
         optimizer.zero_grad()
     return method, parts
@@ -111,7 +114,7 @@ def test_loss_and_gradients_are_those_of_diffusers_processor(base: Path) -> None
     method, parts = made(base)
     method.module.double()
     one = batch(parts, torch.float64)
-    loss = method.loss(method.module(one.noisy, one.timesteps, one.text), one)
+    loss = method.loss(one.answered_by(method.module), one)
     loss.backward()
     expected, slopes, row = naive(base, one)
     assert float(loss.detach()) == pytest.approx(expected, rel=1e-6)
@@ -150,7 +153,7 @@ def test_its_file_worn_on_the_base_says_what_the_trained_module_does(
     check_tensors(file, base)
     one = batch(parts)
     with torch.no_grad():
-        expected = method.module(one.noisy, one.timesteps, one.text)
+        expected = one.answered_by(method.module)
 
     worn = BaseParts(base, CPU)
     untouched = BaseParts(base, CPU)
@@ -184,7 +187,8 @@ def test_its_file_worn_on_the_base_says_what_the_trained_module_does(
 def test_without_a_word_of_its_own_no_text_encoder_is_needed(base: Path, tmp_path: Path) -> None:
     method, _ = made(base, token_vectors=0)
     text = Text(torch.randn(2, 16, WIDTH, generator=torch.Generator().manual_seed(1)))
-    assert method.module(torch.zeros(2, 4, SIDE, SIDE), torch.tensor([1, 2]), text).shape[0] == 2
+    asked = (torch.zeros(2, 4, SIDE, SIDE), torch.tensor([1, 2]), text, whole(2))
+    assert method.module(*asked).shape[0] == 2
     assert len(method.module.text_encoders) == 0
     header = check_tensors(method.save(tmp_path, CARD), base)
     assert all(key.startswith("delta.unet.") for key in header.tensors)
@@ -233,7 +237,7 @@ def test_with_several_subjects_every_word_is_learned_the_last_one_too(
     start = method.words[0][0].rows.detach().clone()
     optimizer = torch.optim.AdamW(method.parameter_groups())
     one = data.batch(0, 0, 0, 1)  # of one photo each
-    method.loss(method.module(one.noisy, one.timesteps, one.text), one).backward()
+    method.loss(one.answered_by(method.module), one).backward()
     optimizer.step()
     assert len(method.words) == 3
     for (word,) in method.words:

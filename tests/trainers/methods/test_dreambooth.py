@@ -17,6 +17,7 @@ from lookalike_trainers.method_configs import DreamBoothConfig
 from lookalike_trainers.methods.dreambooth import DreamBooth, build, wear
 from lookalike_trainers.methods.method import Card
 from lookalike_trainers.painting import Style, paint
+from support_methods import whole
 from support_models import RESOLUTION, VAE_SCALE, save_base
 
 CPU = torch.device("cpu")
@@ -44,10 +45,10 @@ def batch(base: Path, *, ids: bool, dtype: torch.dtype = torch.float32) -> Batch
     weight = torch.tensor([0.5, 0.5, LAMBDA / 2, LAMBDA / 2], dtype=dtype)
     timesteps = torch.tensor([10, 700, 300, 999])
     if ids:
-        return Batch(noisy, timesteps, parts.ids(PROMPTS), target, weight)
+        return Batch(noisy, timesteps, parts.ids(PROMPTS), target, weight, whole(len(noisy)))
     with torch.no_grad():
         text = parts.encode(PROMPTS, RESOLUTION).to("cpu", dtype)
-    return Batch(noisy, timesteps, text, target, weight)
+    return Batch(noisy, timesteps, text, target, weight, whole(len(noisy)))
 
 
 def trained(base: Path, *, text: bool = False) -> DreamBooth:
@@ -57,7 +58,7 @@ def trained(base: Path, *, text: bool = False) -> DreamBooth:
     optimizer = torch.optim.AdamW(method.parameter_groups())
     one = batch(base, ids=text)
     for _ in range(3):
-        method.loss(method.module(one.noisy, one.timesteps, one.text), one).backward()
+        method.loss(one.answered_by(method.module), one).backward()
         optimizer.step()
         optimizer.zero_grad()
     return method
@@ -68,7 +69,7 @@ def test_loss_and_gradients_are_those_of_the_paper(base: Path) -> None:
     method, _ = made(base, train_text_encoder=True)
     method.module.double()
     one = batch(base, ids=True, dtype=torch.float64)
-    loss = method.loss(method.module(one.noisy, one.timesteps, one.text), one)
+    loss = method.loss(one.answered_by(method.module), one)
     loss.backward()
 
     unet = UNet2DConditionModel.from_pretrained(base, subfolder="unet").double()

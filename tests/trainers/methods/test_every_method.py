@@ -104,7 +104,7 @@ def _take_steps(method: Method, data: TrainingData, config: TrainingConfig) -> N
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
     for step in range(STEPS):
         batch = data.batch(step, 0, 0, 1)
-        prediction = method.module(batch.noisy, batch.timesteps, batch.text)
+        prediction = batch.answered_by(method.module)
         method.loss(prediction, batch).backward()
         optimizer.step()
         optimizer.zero_grad()

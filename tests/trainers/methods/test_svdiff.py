@@ -113,7 +113,7 @@ def test_an_untrained_spectrum_leaves_the_base_to_the_bit(base: Path) -> None:
     method, parts = made(base, "svdiff")
     one = batch(method, parts)
     with torch.no_grad():
-        ours = method.module(one.noisy, one.timesteps, one.text)
+        ours = one.answered_by(method.module)
         own = BaseParts(base, CPU).unet(one.noisy, one.timesteps, one.text.features)[0]
     assert torch.equal(ours, own)
 

@@ -94,7 +94,7 @@ def test_training_begins_at_the_base(base: Path) -> None:
     method, parts = made(base, "t_lora", rank=4)
     one = batch(method, parts)
     plain = predict(BaseParts(base, CPU).unet, one.noisy, one.timesteps, one.text)
-    assert torch.equal(method.module(one.noisy, one.timesteps, one.text), plain)
+    assert torch.equal(one.answered_by(method.module), plain)
 
 
 def test_it_begins_with_the_last_singular_triplets_of_a_random_matrix() -> None:

@@ -16,6 +16,7 @@ from lookalike_trainers.method_configs import TextualInversionConfig
 from lookalike_trainers.methods.method import Card
 from lookalike_trainers.methods.textual_inversion import TextualInversion, build, wear
 from lookalike_trainers.templates import OBJECT, STYLE
+from support_methods import whole
 from support_models import RESOLUTION, VAE_SCALE, save_base
 
 CPU = torch.device("cpu")
@@ -40,7 +41,9 @@ def batch(parts: BaseParts, dtype: torch.dtype = torch.float32) -> Batch:
     g = torch.Generator().manual_seed(0)
     noisy, target = torch.randn(2, 2, 4, SIDE, SIDE, generator=g, dtype=dtype)
     weight = torch.tensor([0.5, 0.5], dtype=dtype)
-    return Batch(noisy, torch.tensor([10, 700]), parts.ids(PROMPTS), target, weight)
+    return Batch(
+        noisy, torch.tensor([10, 700]), parts.ids(PROMPTS), target, weight, whole(len(noisy))
+    )
 
 
 def trained(base: Path, **config: Any) -> tuple[TextualInversion, BaseParts]:
@@ -48,7 +51,7 @@ def trained(base: Path, **config: Any) -> tuple[TextualInversion, BaseParts]:
     optimizer = torch.optim.AdamW(method.parameter_groups())
     for _ in range(3):
         one = batch(parts)
-        method.loss(method.module(one.noisy, one.timesteps, one.text), one).backward()
+        method.loss(one.answered_by(method.module), one).backward()
         optimizer.step()
         optimizer.zero_grad()
     return method, parts
@@ -102,7 +105,7 @@ def test_loss_and_gradients_are_those_of_the_paper(base: Path, count: int, keep_
     method, parts = made(base, token_vectors=count, keep_norm=keep_norm)
     method.module.double()
     one = batch(parts, torch.float64)
-    loss = method.loss(method.module(one.noisy, one.timesteps, one.text), one)
+    loss = method.loss(one.answered_by(method.module), one)
     loss.backward()
     expected, slope = naive(base, one, count, keep_norm)
     assert float(loss.detach()) == pytest.approx(expected, rel=1e-6)
@@ -116,7 +119,7 @@ def test_only_the_rows_move_and_no_other_gradient_is_computed(base: Path) -> Non
     assert [id(p) for p in grouped] == [id(p) for p in declared.values()]
     assert [name.rpartition(".")[2] for name in declared] == ["rows"]
     one = batch(parts)
-    method.loss(method.module(one.noisy, one.timesteps, one.text), one).backward()
+    method.loss(one.answered_by(method.module), one).backward()
     assert {n for n, p in method.module.named_parameters() if p.grad is not None} == set(declared)
 
     start, _ = made(base, token_vectors=2)
@@ -148,7 +151,7 @@ def test_its_file_worn_on_the_base_says_what_the_trained_module_does(
     assert file.stat().st_size < 4000
     one = batch(parts)
     with torch.no_grad():
-        expected = method.module(one.noisy, one.timesteps, one.text)
+        expected = one.answered_by(method.module)
 
     worn, untouched = BaseParts(base, CPU), BaseParts(base, CPU)
 

@@ -62,7 +62,6 @@ class CustomDiffusion:
         self.module = Denoiser(
             unet,
             text_encoders,
-            vae_scale=parts.vae_scale,
             bf16=config.mixed_precision == "bf16",
         )
 

@@ -77,7 +77,6 @@ class DiffFit:
         self.module = Denoiser(
             unet,
             text_encoders,
-            vae_scale=parts.vae_scale,
             bf16=config.mixed_precision == "bf16",
         )
 

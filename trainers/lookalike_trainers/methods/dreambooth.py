@@ -45,7 +45,6 @@ class DreamBooth:
         self.module = Denoiser(
             unet,
             text_encoders,
-            vae_scale=parts.vae_scale,
             bf16=config.mixed_precision == "bf16",
         )
 

@@ -89,7 +89,6 @@ class EdLora:
         self.module = Denoiser(
             unet,
             text_encoders,
-            vae_scale=parts.vae_scale,
             bf16=bf16,
         )
 

@@ -80,7 +80,6 @@ class Lora:
         self.module = Denoiser(
             unet,
             text_encoders,
-            vae_scale=parts.vae_scale,
             bf16=bf16,
         )
 

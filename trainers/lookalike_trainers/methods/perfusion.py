@@ -27,7 +27,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from lookalike_platform.conditioning import encode
+from lookalike_platform.conditioning import ANY_SIZE, encode
 from lookalike_platform.errors import FieldProblem, InvalidRequest
 from lookalike_registry.tensor_file import ADAPTER_NAME, save_tensors
 from lookalike_trainers.config import TrainingConfig
@@ -84,7 +84,6 @@ class Perfusion:
         self.module = Denoiser(
             unet,
             text_encoders,
-            vae_scale=parts.vae_scale,
             bf16=config.mixed_precision == "bf16",
         )
         self.module.concept = concept
@@ -154,8 +153,7 @@ class Concept(nn.Module):
 
     @torch.no_grad()
     def _encode(self, text_encoders: Any) -> torch.Tensor:
-        any_size = 0  # features do not depend on it
-        features = encode(list(text_encoders), self.ids, any_size).features
+        features = encode(list(text_encoders), self.ids, ANY_SIZE).features
         return features[0, self.place].to(self.encoding.dtype)
 
 

@@ -122,7 +122,6 @@ class TLora:
         self.module = Denoiser(
             unet,
             text_encoders,
-            vae_scale=parts.vae_scale,
             bf16=bf16,
         )
 

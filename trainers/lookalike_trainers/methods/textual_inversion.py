@@ -50,7 +50,6 @@ class TextualInversion:
         self.module = Denoiser(
             unet,
             text_encoders,
-            vae_scale=parts.vae_scale,
             bf16=bf16,
         )
 
