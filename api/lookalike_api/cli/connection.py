@@ -2,12 +2,14 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from lookalike_api.cli.output import note
 from lookalike_api.client import Client
+from lookalike_platform.errors import LookalikeError
 
 Url = Annotated[
     str | None,
@@ -17,8 +19,18 @@ Url = Annotated[
 
 @contextmanager
 def connect(url: str | None) -> Iterator[Client]:
-    """A client of the API at `url`, or of the stack that runs on this home."""
-    with Client(url or _running() or _usual_url()) as client:
+    """A client of the API at `url`, or of the stack that runs on this home.
+
+    Raises LookalikeError where there is neither: what answers at the usual address may be another
+    home's.
+    """
+    found = url or _running()
+    if not found:
+        raise LookalikeError(
+            f"No stack runs on {_home()}. Start one with `lookalike up`, "
+            "or name an API with --url or LOOKALIKE_URL."
+        )
+    with Client(found) as client:
         yield client
 
 
@@ -48,8 +60,7 @@ def _running() -> str | None:
     return find_stack(read_settings())
 
 
-def _usual_url() -> str:
+def _home() -> Path:
     from lookalike_api.cli.settings import read_settings
 
-    settings = read_settings()
-    return f"http://{settings.api_host}:{settings.api_port}"
+    return read_settings().home

@@ -4,6 +4,7 @@ import json
 import threading
 import time
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 from PIL import Image
@@ -188,6 +189,18 @@ def test_an_error_for_people_goes_to_standard_error(lookalike: Lookalike) -> Non
 def test_an_api_that_is_not_there_is_said_with_what_to_do(lookalike: Lookalike) -> None:
     ran = lookalike("jobs", "list", "--url", "http://127.0.0.1:9")
     assert ran.code == 1
+    assert "lookalike up" in ran.err
+
+
+def test_without_a_stack_here_another_homes_api_at_the_usual_address_is_not_asked(
+    lookalike: Lookalike, api: Api, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delenv("LOOKALIKE_URL")
+    monkeypatch.setenv("LOOKALIKE_HOME", str(tmp_path / "empty"))
+    monkeypatch.setenv("LOOKALIKE_API_PORT", str(urlsplit(api.url).port))
+    ran = lookalike("adapters", "list")
+    assert ran.code == 1
+    assert str(tmp_path / "empty") in ran.err
     assert "lookalike up" in ran.err
 
 
