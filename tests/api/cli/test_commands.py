@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from lookalike_platform.jobs import lease as leases
+from lookalike_platform.settings import get_settings
 from support_api import Api
 from support_cli import Lookalike
 from support_images import photo
@@ -198,7 +199,9 @@ def test_without_a_stack_here_another_homes_api_at_the_usual_address_is_not_aske
     monkeypatch.delenv("LOOKALIKE_URL")
     monkeypatch.setenv("LOOKALIKE_HOME", str(tmp_path / "empty"))
     monkeypatch.setenv("LOOKALIKE_API_PORT", str(urlsplit(api.url).port))
+    get_settings.cache_clear()
     ran = lookalike("adapters", "list")
+    get_settings.cache_clear()
     assert ran.code == 1
     assert str(tmp_path / "empty") in ran.err
     assert "lookalike up" in ran.err
