@@ -59,11 +59,7 @@ class CustomDiffusion:
         ]
         if config.gradient_checkpointing:
             checkpoint_gradients(unet, text_encoders)
-        self.module = Denoiser(
-            unet,
-            text_encoders,
-            bf16=config.mixed_precision == "bf16",
-        )
+        self.module = Denoiser(unet, text_encoders, bf16=config.mixed_precision == "bf16")
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         words = [layer for layers in self.words for layer in layers]

@@ -81,11 +81,7 @@ class Perfusion:
             layer.register_forward_hook(partial(_answer_anew, concept=concept))
         if config.gradient_checkpointing:
             checkpoint_gradients(unet, text_encoders)
-        self.module = Denoiser(
-            unet,
-            text_encoders,
-            bf16=config.mixed_precision == "bf16",
-        )
+        self.module = Denoiser(unet, text_encoders, bf16=config.mixed_precision == "bf16")
         self.module.concept = concept
         # Of the UNet, since ZeRO 3 serves weights only within the module's own forward.
         unet.register_forward_pre_hook(partial(_follow, self.module))

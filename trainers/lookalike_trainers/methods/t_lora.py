@@ -119,11 +119,7 @@ class TLora:
             self.rows = learn_rows(parts, text_encoders, config.trigger, word)
         if config.gradient_checkpointing:
             checkpoint_gradients(unet, text_encoders)
-        self.module = Denoiser(
-            unet,
-            text_encoders,
-            bf16=bf16,
-        )
+        self.module = Denoiser(unet, text_encoders, bf16=bf16)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         products = [
