@@ -46,10 +46,20 @@ class Text:
             joined[field.name] = None if parts[0] is None else torch.cat(parts)
         return cls(**joined)
 
-    def silenced(self) -> Self:
-        """Features of nothing, as SDXL takes an empty negative prompt; sizes stay."""
-        pooled = None if self.pooled is None else torch.zeros_like(self.pooled)
-        return type(self)(torch.zeros_like(self.features), pooled, self.time_ids)
+    def silenced(self, rows: torch.Tensor | None = None) -> Self:
+        """Features of nothing, as SDXL takes an empty negative prompt; sizes stay.
+
+        Args:
+            rows: [n], which prompts are silenced; None: all.
+        """
+
+        def silent(tensor: torch.Tensor) -> torch.Tensor:
+            if rows is None:
+                return torch.zeros_like(tensor)
+            return tensor.masked_fill(rows.view(-1, *[1] * (tensor.dim() - 1)), 0)
+
+        pooled = None if self.pooled is None else silent(self.pooled)
+        return type(self)(silent(self.features), pooled, self.time_ids)
 
     def of_size(self, height: int, width: int) -> Self:
         """The prompts for pictures of this size in pixels, whole and uncut."""
@@ -60,7 +70,8 @@ class Text:
         """The prompts for pictures of these sizes [n, 6], where the denoiser is told of them."""
         if self.time_ids is None:
             return self
-        return type(self)(self.features, self.pooled, time_ids.to(self.time_ids.dtype))
+        # Sines are taken of them: bf16 would round 1023 to 1024.
+        return type(self)(self.features, self.pooled, time_ids.float())
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """What is not None, by name: `Text(**text.tensors())` is the text again."""
@@ -80,6 +91,16 @@ def predict(unet: Any, latents: torch.Tensor, timesteps: torch.Tensor, text: Tex
         latents, timesteps, text.features, added_cond_kwargs=added, return_dict=False
     )[0]
     return predicted
+
+
+def pool_at_end(encoders: Sequence[Any], tokenizers: Sequence[Any]) -> None:
+    """Let encoders sum a prompt up at its end mark.
+
+    The published configurations of SDXL say 2 for its id, by which transformers means the largest
+    id there is: with learned words, which follow the vocabulary, that would be one of those.
+    """
+    for encoder, tokenizer in zip(encoders, tokenizers, strict=True):
+        getattr(encoder, "text_model", encoder).eos_token_id = tokenizer.eos_token_id
 
 
 def encode(encoders: Sequence[Any], ids: torch.Tensor, resolution: int) -> Text:

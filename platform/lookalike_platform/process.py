@@ -30,9 +30,9 @@ Process = tuple[int, int]  # process id and start time, which together never com
 # The environment of children that compute; an operator's own values go first. Threads that wait for
 # each other spin for microseconds, then sleep: never spinning makes a step take half as long again,
 # spinning for as long as OpenMP does by default makes it take ten times as long as soon as another
-# program wants one of the cores. glibc gives memory back to the kernel as soon as some of it is free
-# and gets it anew, page by page, in the next layer: kept, a denoiser's call takes a tenth less. (glibc
-# takes no threshold above 32 MiB for what is mapped on its own.)
+# program wants one of the cores. And glibc gives the kernel back what is free, to get it anew, page
+# by page, in the next layer: told to keep it, a denoiser's call takes a tenth less time. (It takes
+# no larger threshold than 32 MiB for what it maps on its own.)
 COMPUTE = {
     "GOMP_SPINCOUNT": "3000",
     "MALLOC_MMAP_THRESHOLD_": str(32 * 2**20),

@@ -1,5 +1,7 @@
 """What denoisers are told, against diffusers' own pipelines."""
 
+import json
+import shutil
 from pathlib import Path
 
 import diffusers
@@ -8,6 +10,7 @@ import torch
 
 from lookalike_platform.conditioning import Text, encode, predict
 from lookalike_trainers.base_parts import BaseParts
+from lookalike_trainers.methods.tokens import learn_rows
 from support_models import RESOLUTION, TOKENS, WIDTH, save_base
 
 
@@ -55,3 +58,32 @@ def test_sdxls_answer_depends_on_the_summary_and_on_the_sizes(xl: Path) -> None:
         assert not torch.equal(answer, predict(parts.unet, noisy, t, larger))
         swapped = Text(text.features, other.pooled, text.time_ids)
         assert not torch.equal(answer, predict(parts.unet, noisy, t, swapped))
+
+
+def test_a_learned_word_is_not_taken_for_the_end_where_a_configuration_names_a_wrong_one(
+    xl: Path, tmp_path: Path
+) -> None:
+    """As SDXL's published one does: `eos_token_id` 2."""
+    shutil.copytree(xl, tmp_path, dirs_exist_ok=True)
+    config = tmp_path / "text_encoder_2/config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"eos_token_id": 2}))
+
+    def summary(base: Path) -> torch.Tensor:
+        parts = BaseParts(base, torch.device("cpu"))
+        parts.learn("sks", 1)
+        learn_rows(parts, parts.text_encoders, "sks", "dog")
+        with torch.no_grad():
+            pooled = parts.encode(["a sks in the snow"], RESOLUTION).pooled
+        assert pooled is not None
+        return pooled
+
+    torch.testing.assert_close(summary(tmp_path), summary(xl))
+
+
+def test_sizes_stay_exact_beside_features_of_few_bits() -> None:
+    text = Text(torch.zeros(1, 2, 3).bfloat16(), torch.zeros(1, 3).bfloat16(), torch.zeros(1, 6))
+    sizes = torch.tensor([[1365, 2047, 0, 171, 1001, 1023]])
+    for told in (text, text.to("cpu", torch.bfloat16)):
+        found = told.with_time_ids(sizes).time_ids
+        assert found is not None
+        assert found.tolist() == sizes.tolist()

@@ -124,6 +124,28 @@ def test_sdxls_denoiser_is_told_each_photos_size_and_where_it_was_cut(
     assert len(shapes) == len(SIZES)
 
 
+def test_sdxl_learns_dropped_captions_as_sampling_takes_an_empty_prompt(
+    folder: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "photos").symlink_to(folder / "photos")
+    save_base(tmp_path / "base", "sdxl")
+    told = []
+    for text in (False, True):
+        config = LoraConfig(
+            resolution=RESOLUTION, caption_dropout=1.0, batch_size=2, train_text_encoder=text
+        )
+        parts = BaseParts(tmp_path / "base", torch.device("cpu"))
+        data, _ = prepare(run_request(tmp_path, config), config, parts, lambda message: None)
+        module = build(parts, config).module
+        module.unet.register_forward_pre_hook(
+            lambda _, args, kwargs: told.append((args, kwargs)), with_kwargs=True
+        )
+        data.batch(0, 0, 0, 1).answered_by(module)
+    for args, kwargs in told:
+        assert not args[2].any()
+        assert not kwargs["added_cond_kwargs"]["text_embeds"].any()
+
+
 def test_own_class_images_have_their_captions_or_the_class_prompt_and_none_are_drawn(
     folder: Path, tmp_path: Path
 ) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from lookalike_datasets.features.text import tokenize
-from lookalike_platform.conditioning import Text, encode
+from lookalike_platform.conditioning import Text, encode, pool_at_end
 from lookalike_platform.families import FLOW_SCHEDULER
 from lookalike_trainers.streamed import load_streamed
 
@@ -52,7 +52,9 @@ class BaseParts:
         from transformers.models.clip import modeling_clip
 
         kinds = (modeling_clip.CLIPTextModel, modeling_clip.CLIPTextModelWithProjection)
-        return [self._part(name, kind) for name, kind in zip(self._names, kinds, strict=False)]
+        parts = [self._part(name, kind) for name, kind in zip(self._names, kinds, strict=False)]
+        pool_at_end(parts, self.tokenizers)
+        return parts
 
     @property
     def tokenizers(self) -> list[Any]:
@@ -102,9 +104,17 @@ class BaseParts:
 
     def blank(self, resolution: int) -> Text:
         """The empty negative prompt as sampling takes it: SDXL's is nothing at all."""
-        index = json.loads((self.folder / "model_index.json").read_text())
         text = self.encode([""], resolution)
-        return text.silenced() if index.get("force_zeros_for_empty_prompt") else text
+        return text.silenced() if self.blank_is_silent else text
+
+    @property
+    def blank_is_silent(self) -> bool:
+        index = json.loads((self.folder / "model_index.json").read_text())
+        return bool(index.get("force_zeros_for_empty_prompt"))
+
+    def silent_ids(self) -> torch.Tensor | None:
+        """The empty prompt's ids [1, encoders, tokens], where sampling takes it as nothing."""
+        return self.ids([""]) if self.blank_is_silent else None
 
     def learn(self, word: str, count: int) -> None:
         """From now on `word` in a prompt is `count` new tokens of the tokenizers.

@@ -39,7 +39,7 @@ class PriorConfig(Strict):
     sampler: Literal["ddim", "ddpm", "dpmsolver++", "euler", "unipc"] = "dpmsolver++"
     steps: int = Field(default=20, ge=1, le=1000)
     guidance_scale: float = Field(default=4.0, ge=0, le=50)
-    seed: int = Field(default=0, ge=0, lt=2**32)
+    seed: int = Field(default=0, ge=0, lt=2**31)  # above, evaluation draws the class
 
 
 class OutputPreservationConfig(Strict):

@@ -20,13 +20,23 @@ class Denoiser(nn.Module):
 
     Args:
         bf16: autocast; weights that train stay in float32.
+        silent: ids [1, encoders, tokens] that say nothing at all: the empty prompt of a base that
+            samples with it so.
     """
 
-    def __init__(self, unet: Any, text_encoders: Sequence[Any], *, bf16: bool) -> None:
+    def __init__(
+        self,
+        unet: Any,
+        text_encoders: Sequence[Any],
+        *,
+        bf16: bool,
+        silent: torch.Tensor | None = None,
+    ) -> None:
         super().__init__()
         self.unet = unet
         self.text_encoders = nn.ModuleList(text_encoders)
         self.bf16 = bf16
+        self.silent = silent
         self.train()
         if bf16:
             # Autocast would round the frozen weights anew in every step; the trained ones and
@@ -44,8 +54,14 @@ class Denoiser(nn.Module):
     ) -> torch.Tensor:
         with torch.autocast(noisy.device.type, torch.bfloat16, enabled=self.bf16):
             if isinstance(text, torch.Tensor):
-                text = encode(list(self.text_encoders), text, ANY_SIZE)
+                text = self._encoded(text)
             return predict(self.unet, noisy, timesteps, text.with_time_ids(time_ids))
+
+    def _encoded(self, ids: torch.Tensor) -> Text:
+        text = encode(list(self.text_encoders), ids, ANY_SIZE)
+        if self.silent is None:
+            return text
+        return text.silenced((ids == self.silent.to(ids.device)).flatten(1).all(1))
 
 
 def checkpoint_gradients(unet: Any, text_encoders: Sequence[Any]) -> None:

@@ -175,6 +175,16 @@ class TextualInversionConfig(TrainingConfig):
             case None:
                 return super().phrase
 
+    @model_validator(mode="after")
+    def _nothing_to_keep(self) -> Self:
+        for name in ("prior", "output_preservation"):
+            if getattr(self, name):
+                raise ValueError(
+                    f"{name}: leave it out; a new word's rows are all that is learned, so that "
+                    "the class stays as it is"
+                )
+        return self
+
 
 class DiffFitConfig(TrainingConfig):
     """DiffFit (Xie et al. 2023): biases, norms, and a scale of each block's output."""

@@ -14,7 +14,7 @@ from lookalike_datasets.features.cache import component_digest
 from lookalike_datasets.features.latents import Moments, moments
 from lookalike_datasets.features.prior import PriorRequest, prior_images
 from lookalike_datasets.features.text import text_features
-from lookalike_platform.conditioning import Text
+from lookalike_platform.conditioning import ANY_SIZE, Text
 from lookalike_platform.files import canonical_digest
 from lookalike_trainers.base_parts import BaseParts
 from lookalike_trainers.config import TrainingConfig
@@ -55,7 +55,7 @@ def prepare(
     if config.reads_ids:
         texts: Text | torch.Tensor = parts.ids(words.prompts)
     else:
-        texts = _features(words.prompts, request, config, parts)
+        texts = _features(words.prompts, request, parts)
     data = TrainingData(
         buckets=buckets,
         texts=texts,
@@ -158,20 +158,17 @@ def _drawn(
     return [RunImage(path=path, sha256=digest, caption=prompt) for path, digest in files]
 
 
-def _features(
-    prompts: list[str], request: RunRequest, config: TrainingConfig, parts: BaseParts
-) -> Text:
-    """What the frozen text encoders make of them."""
-    assert config.resolution is not None
-    resolution = config.resolution
+def _features(prompts: list[str], request: RunRequest, parts: BaseParts) -> Text:
+    """What the frozen text encoders make of them, and of the empty one what sampling does."""
     digest = canonical_digest(
         [component_digest(folder) for folder in sorted(parts.folder.glob("t*")) if folder.is_dir()]
     )
-    # Of the size SDXL's denoiser is told; the others' features do not depend on it.
-    key = canonical_digest([digest, resolution if len(parts.tokenizers) > 1 else None])
-    return text_features(
-        prompts, lambda words: parts.encode(words, resolution), key, request.cache / "text"
+    texts = text_features(
+        prompts, lambda words: parts.encode(words, ANY_SIZE), digest, request.cache / "text"
     )
+    if not parts.blank_is_silent:
+        return texts
+    return texts.silenced(torch.tensor([not prompt for prompt in prompts]))
 
 
 def _reference(
@@ -182,7 +179,7 @@ def _reference(
         return None
     bf16 = config.mixed_precision == "bf16"
     base = Denoiser(parts.take_frozen_unet(bf16=bf16), [], bf16=bf16)
-    return Reference(base, _features(prompts, request, config, parts))
+    return Reference(base, _features(prompts, request, parts))
 
 
 def _multiple(parts: BaseParts) -> int:

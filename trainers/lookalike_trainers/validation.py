@@ -41,11 +41,13 @@ class Validation:
         wanted = self.config.validation
         if wanted is None or step % wanted.every:
             return
+        self.engine.model.eval()  # as the adapter will act
         if self.engine.average:
             with self.engine.average.in_place():
                 latents = self._latents(wanted.seed)
         else:
             latents = self._latents(wanted.seed)
+        self.engine.model.train()
         if self.engine.rank == 0:
             with torch.inference_mode():
                 (picture,) = decode(self.parts.vae, latents)
@@ -66,7 +68,7 @@ class Validation:
         told = Text(torch.empty(1))  # the stand-in below knows its texts
         with torch.no_grad():
             return denoise(
-                _Trained(self.engine.model, text),
+                _Trained(self.engine.model, text, self.config.resolution),
                 make_sampler(STYLE.sampler, dict(self.parts.scheduler.config)),
                 latents.to(device),
                 generators,
@@ -81,13 +83,16 @@ class _Trained:
     """The module that trains where sampling expects a UNet.
 
     text: of the empty prompt and of the picture's; ids, where its text encoders are the module's.
+    side: of the picture, in pixels
     """
 
-    def __init__(self, model: Any, text: Text | torch.Tensor) -> None:
+    def __init__(self, model: Any, text: Text | torch.Tensor, side: int) -> None:
         self.model, self.text = model, text
+        self.time_ids = torch.tensor([[side, side, 0, 0, side, side]])
 
     def __call__(
         self, latents: torch.Tensor, timestep: torch.Tensor, *_: Any, **__: Any
     ) -> tuple[torch.Tensor]:
         times = timestep.to(latents.device).expand(len(latents))
-        return (self.model(latents, times, self.text).float(),)
+        told = self.time_ids.to(latents.device).expand(len(latents), -1)
+        return (self.model(latents, times, self.text, told).float(),)

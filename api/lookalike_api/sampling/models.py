@@ -13,7 +13,7 @@ from diffusers.utils import logging as diffusers_logging
 from lookalike_api.sampling.loading import check, method_of
 from lookalike_api.sampling.messages import AdapterFile
 from lookalike_datasets.features.text import tokenize
-from lookalike_platform.conditioning import Text, encode
+from lookalike_platform.conditioning import Text, encode, pool_at_end
 from lookalike_platform.device import device_of
 from lookalike_trainers.base_parts import spell
 from lookalike_trainers.methods.find import wear_of
@@ -94,6 +94,7 @@ class ResidentBase:
             self.vae.float()
         self.text_encoders = _present(pipeline, "text_encoder", "text_encoder_2")
         self.tokenizers = _present(pipeline, "tokenizer", "tokenizer_2")
+        pool_at_end(self.text_encoders, self.tokenizers)
         self.learned: dict[str, list[str]] = {}
         self.scheduler_config = dict(pipeline.scheduler.config)
         self.vae_scale: int = pipeline.vae_scale_factor

@@ -367,3 +367,17 @@ def test_the_same_tensors_give_the_same_file(base: Path, tmp_path: Path) -> None
     (tmp_path / "two").mkdir()
     one, two = (lora(base).save(tmp_path / name, card) for name in ("one", "two"))
     assert one.read_bytes() == two.read_bytes()
+
+
+def test_weight_decay_does_not_shrink_the_lengths_of_the_bases_rows(base: Path) -> None:
+    method = lora(base, dora=True, train_text_encoder=True)
+    decays = {
+        id(p): group.get("weight_decay")
+        for group in method.parameter_groups()
+        for p in group["params"]
+    }
+    lengths = [p for n, p in method.module.named_parameters() if "magnitude" in n]
+    thin = [p for n, p in method.module.named_parameters() if ".lora_A" in n or ".lora_B" in n]
+    assert lengths
+    assert {decays[id(p)] for p in lengths} == {0.0}
+    assert {decays[id(p)] for p in thin} == {None}  # the run's own

@@ -136,9 +136,19 @@ def test_the_encoding_follows_the_row_once_an_optimiser_step(base: Path) -> None
         torch.testing.assert_close(concept.encoding, expected, rtol=1e-4, atol=1e-6)
         optimizer.step()
         optimizer.zero_grad()
+    with torch.no_grad():  # early stopping asks so, in training mode
+        loss_of(method, one)
     method.module.eval()
     loss_of(method, one)
     torch.testing.assert_close(concept.encoding, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_a_checkpoint_knows_what_the_encoding_followed_last(base: Path) -> None:
+    """Else a resumed run, which sees the row of the checkpoint first, would move once more."""
+    method, _ = made(base, "perfusion")
+    kept = method.module.state_dict()
+    assert torch.equal(kept["concept.seen"], method.module.concept.seen)
+    assert torch.equal(kept["concept.encoding"], method.module.concept.encoding)
 
 
 def test_the_metric_is_the_inverse_of_the_damped_covariance_of_captions(

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from pydantic import ValidationError
 from transformers import CLIPTextModel
 
 from lookalike_platform.errors import InvalidRequest
@@ -222,3 +223,9 @@ def test_the_templates_are_the_paper_s_in_number() -> None:
     assert (len(OBJECT), len(set(OBJECT))) == (27, 27)
     assert (len(STYLE), len(set(STYLE))) == (19, 17)
     assert all(template.count("{}") == 1 for template in (*OBJECT, *STYLE))
+
+
+@pytest.mark.parametrize("option", ["prior", "output_preservation"])
+def test_there_is_nothing_to_preserve_where_only_a_new_word_is_learned(option: str) -> None:
+    with pytest.raises(ValidationError, match=f"{option}: leave it out; a new word's rows are all"):
+        TextualInversionConfig.model_validate({option: {}})

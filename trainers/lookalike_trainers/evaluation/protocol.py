@@ -18,10 +18,11 @@ from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
 from lookalike_platform.files import atomic_write, canonical_digest
 from lookalike_trainers.evaluation.dreambench import Subject
 from lookalike_trainers.evaluation.encoders import Judges
+from lookalike_trainers.evaluation.request import CLASS_SEED
 from lookalike_trainers.evaluation.scores import Paintings, Scores, score
 from lookalike_trainers.evaluation.trial import read_photos
 
-VERSION = 1
+VERSION = 2
 """Counts up when the protocol itself changes what a cell would say."""
 
 
@@ -134,7 +135,8 @@ def _paint(
     templates = subject.prompts[: protocol.prompts]
     asked = [template.format(subject=called) for template in templates]
     seeds = range(protocol.seed, protocol.seed + protocol.images_per_prompt)
-    of_class_seeds = range(protocol.seed, protocol.seed + protocol.class_images)
+    first = CLASS_SEED + protocol.seed
+    of_class_seeds = range(first, first + protocol.class_images)
     return Paintings(
         prompts=[template.format(subject=noun) for template in templates],
         of_subject=paint(contender, adapter, asked, seeds),

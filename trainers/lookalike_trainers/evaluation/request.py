@@ -22,6 +22,10 @@ SCENES = (
 
 MAX_PICTURES = 512
 
+CLASS_SEED = 2**31
+"""Seeds of the class's pictures begin here: a run with prior preservation has learned from what
+the same sampler made of the same prompt and small seeds."""
+
 
 def _with_subject(template: str) -> str:
     if template.count("{subject}") != 1 or set("{}") & set(template.replace("{subject}", "")):
@@ -56,7 +60,8 @@ class EvaluationOptions(Strict):
 
     @property
     def class_seeds(self) -> range:
-        return range(self.seed, self.seed + self.class_images)
+        first = CLASS_SEED + self.seed
+        return range(first, first + self.class_images)
 
     @model_validator(mode="after")
     def _not_too_many(self) -> Self:

@@ -74,7 +74,9 @@ class DiffFit:
             self.rows = learn_rows(parts, text_encoders, config.trigger, word)
         if config.gradient_checkpointing:
             checkpoint_gradients(unet, text_encoders)
-        self.module = Denoiser(unet, text_encoders, bf16=config.mixed_precision == "bf16")
+        self.module = Denoiser(
+            unet, text_encoders, bf16=config.mixed_precision == "bf16", silent=parts.silent_ids()
+        )
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Without weight decay: it would pull norms and gamma to zero, not to the base."""

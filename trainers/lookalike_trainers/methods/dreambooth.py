@@ -42,7 +42,9 @@ class DreamBooth:
         thaw(text_encoders)
         if config.gradient_checkpointing:
             checkpoint_gradients(unet, text_encoders)
-        self.module = Denoiser(unet, text_encoders, bf16=config.mixed_precision == "bf16")
+        self.module = Denoiser(
+            unet, text_encoders, bf16=config.mixed_precision == "bf16", silent=parts.silent_ids()
+        )
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         text = trainable(self.module.text_encoders)

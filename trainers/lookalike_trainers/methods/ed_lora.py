@@ -86,7 +86,7 @@ class EdLora:
             self.maps = AttentionMaps(unet, cross_attention(unet))
         if config.gradient_checkpointing:
             checkpoint_gradients(unet, text_encoders)
-        self.module = Denoiser(unet, text_encoders, bf16=bf16)
+        self.module = Denoiser(unet, text_encoders, bf16=bf16, silent=parts.silent_ids())
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         return product_groups(self.config, self.adapted, self.rows)

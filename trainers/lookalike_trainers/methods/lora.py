@@ -77,7 +77,7 @@ class Lora:
             self.rows = learn_rows(parts, text_encoders, config.trigger, word)
         if config.gradient_checkpointing:
             checkpoint_gradients(unet, text_encoders)
-        self.module = Denoiser(unet, text_encoders, bf16=bf16)
+        self.module = Denoiser(unet, text_encoders, bf16=bf16, silent=parts.silent_ids())
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         return product_groups(self.config, self.adapted, self.rows)
@@ -197,14 +197,24 @@ def insert(model: nn.Module, shape: LoraShape) -> None:
 def product_groups(
     config: TrainingConfig, adapted: dict[str, Any], words: Sequence[TokenRows]
 ) -> list[dict[str, Any]]:
-    """What PEFT put into the models, by part, and learned words, with their learning rates."""
-    products = {
-        part: [p for name, p in model.named_parameters() if ".lora_" in name]
-        for part, model in adapted.items()
-    }
-    unet = products.pop("unet")
-    text = [p for part in products.values() for p in part]
-    return parameter_groups(config, unet=unet, text=text, words=words)
+    """What PEFT put into the models, by part, and learned words, with their learning rates.
+
+    DoRA's magnitudes start as the lengths of the base's rows and do not decay: to nothing would be
+    away from the base.
+    """
+
+    def found(kinds: tuple[str, ...], *parts: str) -> list[nn.Parameter]:
+        named = [pair for part in parts for pair in adapted[part].named_parameters()]
+        return [p for name, p in named if any(kind in name for kind in kinds)]
+
+    texts = [part for part in adapted if part != "unet"]
+    thin, lengths = ("lora_A", "lora_B"), ("lora_magnitude_vector",)
+    return [
+        *parameter_groups(config, unet=found(thin, "unet"), text=found(thin, *texts), words=words),
+        *parameter_groups(
+            config, unet=found(lengths, "unet"), text=found(lengths, *texts), decay=False
+        ),
+    ]
 
 
 def state(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -81,7 +81,9 @@ class Perfusion:
             layer.register_forward_hook(partial(_answer_anew, concept=concept))
         if config.gradient_checkpointing:
             checkpoint_gradients(unet, text_encoders)
-        self.module = Denoiser(unet, text_encoders, bf16=config.mixed_precision == "bf16")
+        self.module = Denoiser(
+            unet, text_encoders, bf16=config.mixed_precision == "bf16", silent=parts.silent_ids()
+        )
         self.module.concept = concept
         # Of the UNet, since ZeRO 3 serves weights only within the module's own forward.
         unet.register_forward_pre_hook(partial(_follow, self.module))
@@ -114,7 +116,7 @@ def build(parts: Any, config: TrainingConfig) -> Perfusion:
 class Concept(nn.Module):
     """i [d], which follows the encoding of the learned word in a prompt as its row moves.
 
-    encoding: i, kept in checkpoints (engine_state.py).
+    encoding: i; seen: what it moved towards last. Both are in checkpoints (engine_state.py).
 
     Args:
         ids: [1, encoders, tokens] of the prompt; place: the word's, among the tokens.
@@ -130,7 +132,7 @@ class Concept(nn.Module):
         self.ids, self.place = ids, place
         self.register_buffer("metric", metric, persistent=False)
         self.register_buffer("encoding", metric.new_zeros(len(metric)))
-        self.register_buffer("seen", metric.new_zeros(len(metric)), persistent=False)
+        self.register_buffer("seen", metric.new_zeros(len(metric)))
 
     def start(self, text_encoders: Any) -> None:
         self.seen.copy_(self._encode(text_encoders))
@@ -229,7 +231,8 @@ def gates_of(wearer: Wearer, tensors: Mapping[str, torch.Tensor]) -> dict[str, G
 
 
 def _follow(denoiser: Any, _: Any, __: Any) -> None:
-    if denoiser.training:
+    # Where nothing is learned, in validation or for early stopping, nothing moves.
+    if denoiser.training and torch.is_grad_enabled():
         denoiser.concept.follow(denoiser.text_encoders)
 
 

@@ -63,7 +63,7 @@ class Svdiff:
             self.rows = learn_rows(parts, text_encoders, config.trigger, word)
         if config.gradient_checkpointing:
             checkpoint_gradients(unet, text_encoders)
-        self.module = Denoiser(unet, text_encoders, bf16=bf16)
+        self.module = Denoiser(unet, text_encoders, bf16=bf16, silent=parts.silent_ids())
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         return parameter_groups(

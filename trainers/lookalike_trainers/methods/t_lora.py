@@ -119,13 +119,14 @@ class TLora:
             self.rows = learn_rows(parts, text_encoders, config.trigger, word)
         if config.gradient_checkpointing:
             checkpoint_gradients(unet, text_encoders)
-        self.module = Denoiser(unet, text_encoders, bf16=bf16)
+        self.module = Denoiser(unet, text_encoders, bf16=bf16, silent=parts.silent_ids())
 
     def parameter_groups(self) -> list[dict[str, Any]]:
+        """Without weight decay: what is taken away of the start would not shrink with it."""
         products = [
             p for layer in self.layers.values() for p in (layer.down, layer.values, layer.up)
         ]
-        return parameter_groups(self.config, unet=products, words=self.rows)
+        return parameter_groups(self.config, unet=products, words=self.rows, decay=False)
 
     def loss(self, prediction: torch.Tensor, batch: Batch) -> torch.Tensor:
         return weighted_mse(prediction, batch.target, batch.weight, batch.mask)

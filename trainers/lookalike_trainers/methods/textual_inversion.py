@@ -47,7 +47,7 @@ class TextualInversion:
         )
         if config.gradient_checkpointing:
             checkpoint_gradients(unet, text_encoders)
-        self.module = Denoiser(unet, text_encoders, bf16=bf16)
+        self.module = Denoiser(unet, text_encoders, bf16=bf16, silent=parts.silent_ids())
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         return parameter_groups(self.config, words=self.rows)
