@@ -74,7 +74,7 @@ def _learn(workshop: Workshop, subject: Subject, contender: Contender) -> tuple[
     """Steps taken, and the likeness of what the adapter paints."""
     adapter = workshop.train(contender, subject)
     steps = len((adapter.parent / "metrics.jsonl").read_text().splitlines())
-    called = f"{contender.config['trigger']} {subject.about.class_noun}"
+    called = contender.calls.format(class_noun=subject.about.class_noun)
     prompts = [scene.format(subject=called) for scene in SCENES]
     rows = workshop.paint(contender, adapter, prompts, SEEDS)
     judge = workshop.judges().subject[0]
