@@ -44,13 +44,18 @@ def wearing(parts: BaseParts, *adapters: Adapter) -> Iterator[None]:
 def answers(parts: BaseParts, prompt: str = "a sks zwx") -> dict[str, torch.Tensor]:
     """What every layer says to inputs of its own, and the UNet (`whole`) to the prompt."""
     text = parts.encode([prompt], RESOLUTION)
-    noisy = torch.randn((1, 4, SIDE, SIDE), generator=torch.Generator().manual_seed(1))
-    said = {"whole": predict(parts.unet, noisy, torch.tensor([TIMESTEP]), text)}
+    said = {"whole": predict(parts.unet, *noisy(1), text)}
     for part, model in parts_of(parts).items():
         for name, layer in model.named_modules():
             if isinstance(layer, LEAVES):
                 said[f"{part}.{name}"] = layer(inputs_of(layer))
     return said
+
+
+def noisy(rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """What `answers` asks the UNet about, so many times: latents and timesteps."""
+    latents = torch.randn((1, 4, SIDE, SIDE), generator=torch.Generator().manual_seed(1))
+    return latents.expand(rows, -1, -1, -1), torch.tensor([TIMESTEP] * rows)
 
 
 def inputs_of(layer: Any) -> torch.Tensor:

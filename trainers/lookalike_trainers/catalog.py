@@ -100,4 +100,5 @@ METHODS = [
 ]
 
 COMPOSITION_WEAR = "lookalike_trainers.methods.composition:wear"
+COMPOSITION_ROWS = "lookalike_trainers.methods.composition:rows"
 """Merged versions (registry/compose/rules.py) are worn like any, and trained by nothing."""

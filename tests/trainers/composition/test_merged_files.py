@@ -5,15 +5,18 @@ from pathlib import Path
 import pytest
 import torch
 
+from lookalike_platform.conditioning import Text, predict
 from lookalike_registry.adapter_file import WEIGHTS_NAME
 from lookalike_registry.compose import rules
 from lookalike_trainers.base_parts import BaseParts
 from lookalike_trainers.composition.parents import read
-from lookalike_trainers.methods.composition import load, save
+from lookalike_trainers.methods.composition import load, rows, save
+from lookalike_trainers.methods.row_edits import RowEdits, Slot
 from support_formats import diffusers_paints, pipeline, same, we_paint
 from support_merging import Maker, asked, merged, saved
 from support_methods import CARD, CPU
-from support_pairs import Adapter, answers, wearing
+from support_models import RESOLUTION
+from support_pairs import Adapter, answers, noisy, wearing
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:__array__ implementation doesn't accept:DeprecationWarning"
@@ -47,6 +50,58 @@ def test_a_weighted_sum_does_what_both_parents_do_together(
     with wearing(parts, *both):
         expected = answers(parts, prompt)
     torch.testing.assert_close(together, expected, rtol=1e-4, atol=2e-4)
+
+
+BY_ROW = [
+    ("closed_form", "custom_diffusion", "custom_diffusion"),
+    ("weighted_sum", "pivotal", "custom_diffusion"),
+    ("weighted_sum", "ed_lora", "textual_inversion"),
+    ("ssr", "lora", "ed_lora"),
+]
+WHOLE = [("weighted_sum", "perfusion", "lora"), ("weighted_sum", "dreambooth", "lora")]
+
+
+@pytest.mark.parametrize(("strategy", "one", "other"), BY_ROW, ids=map("-".join, BY_ROW))
+def test_a_merge_of_words_products_and_k_and_v_shares_a_batch_with_others(
+    base: Path, adapter: Maker, tmp_path: Path, strategy: str, one: str, other: str
+) -> None:
+    method, file, _, word = saved(
+        asked(base, strategy, [adapter(one, 0), adapter(other, 1)]), tmp_path
+    )
+    assert method == rules.COMPOSITION
+    parts, scale, prompt = BaseParts(base, CPU), 0.7, f"a {word} and a {word}-2"
+    with torch.inference_mode():
+        plain = answers(parts, prompt)["whole"]
+        with wearing(parts, (method, file, scale, word)):
+            expected = answers(parts, prompt)["whole"]
+        edits = RowEdits(parts.unet)
+        worn = rows(parts, file)
+        assert worn is not None
+        take_off = worn.wear_text(parts, worn.text, scale, word)
+        mine = parts.encode([prompt], RESOLUTION).features
+        take_off()
+        bare = parts.encode([prompt], RESOLUTION).features
+        if mine.dim() == 4:
+            bare = bare[:, None].expand_as(mine)
+        edits.put_on(
+            [
+                Slot(((worn, scale),), 1, edits.answers(((worn, scale),), mine)),
+                Slot((), 1, edits.answers((), bare)),
+            ]
+        )
+        found = predict(parts.unet, *noisy(2), Text(torch.cat([mine, bare])))
+        edits.put_on([])
+    torch.testing.assert_close(found[:1], expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found[1:], plain, rtol=1e-4, atol=1e-4)
+    assert float((expected - plain).abs().max()) > 1e-2
+
+
+@pytest.mark.parametrize(("strategy", "one", "other"), WHOLE, ids=map("-".join, WHOLE))
+def test_a_merge_that_changes_more_is_worn_by_the_base_as_a_whole(
+    base: Path, adapter: Maker, tmp_path: Path, strategy: str, one: str, other: str
+) -> None:
+    _, file, _, _ = saved(asked(base, strategy, [adapter(one, 0), adapter(other, 1)]), tmp_path)
+    assert rows(BaseParts(base, CPU), file) is None
 
 
 def test_a_dora_worn_with_a_gate_would_differ_from_their_merge(

@@ -14,7 +14,9 @@ Nothing trains this: `composition/` merges, and what fits into a LoRA file becom
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,9 +30,11 @@ from lookalike_registry.products import Product, loaded_products, saved_products
 from lookalike_registry.safetensors_header import read_header
 from lookalike_registry.tensor_file import ADAPTER_NAME, adapter_info, nth_word, save_tensors
 from lookalike_trainers.methods import deltas, perfusion
+from lookalike_trainers.methods.custom_diffusion import projections
 from lookalike_trainers.methods.ed_lora import read_by_layer
 from lookalike_trainers.methods.method import Card, TakeOff, Wearer
 from lookalike_trainers.methods.products import wear_products
+from lookalike_trainers.methods.row_adapter import Dense, RowAdapter, of_text, of_unet
 from lookalike_trainers.methods.text_by_layer import cross_attention, take_own_text
 from lookalike_trainers.methods.tokens import PREFIX as TOKENS
 from lookalike_trainers.methods.tokens import wear_words
@@ -95,26 +99,13 @@ def load(file: Path) -> Change:
     from safetensors.torch import load_file
 
     tensors = load_file(file)
-    all_rows = under(TOKENS, tensors)
-    subjects, start = [], 0
-    for place, about in enumerate(adapter_info(read_header(file), file.name).config["subjects"], 1):
-        own = slice(start, start := start + about["rows"])
-        prefix = f"{COMPOSITION}.{place}."
-        subjects.append(
-            Subject(
-                rows={part: all_rows[part][own] for part in all_rows if about["rows"]},
-                layers=about["layers"],
-                gate=under(prefix, tensors),
-                gate_scale=1.0 if about["gate"] is None else about["gate"],
-            )
-        )
     return Change(
         products={
             name: LowRank(product.up.flatten(1), product.down)
             for name, product in loaded_products(tensors).items()
         },
         deltas=under(deltas.PREFIX, tensors),
-        subjects=subjects,
+        subjects=_subjects(tensors, _about(file)),
     )
 
 
@@ -124,28 +115,94 @@ def wear(wearer: Wearer, file: Path, scale: float, word: str) -> TakeOff:
     Raises InvalidRequest if words or gates were learned on a base with other layers.
     """
     change = load(file)
+    _check_layers(wearer, file, change)
+    named = {f"{deltas.PREFIX}{name}": delta for name, delta in change.deltas.items()}
+    products = {name: _product(pair) for name, pair in change.products.items()}
+    with ExitStack() as undo:
+        undo.callback(_wear_words(wearer, change.subjects, word))
+        for subject in change.subjects:
+            if subject.gate:
+                gate = {key: tensor.to(wearer.unet.device) for key, tensor in subject.gate.items()}
+                gates = perfusion.gates_of(wearer, gate)
+                undo.callback(perfusion.wear_gates(wearer, gates, scale * subject.gate_scale))
+        if any(subject.layers > 1 for subject in change.subjects):
+            undo.callback(take_own_text(wearer.unet))
+        undo.callback(deltas.wear_deltas(wearer, named, scale))
+        undo.callback(wear_products(wearer, products, scale))
+        return undo.pop_all().close
+
+
+def rows(wearer: Wearer, file: Path) -> RowAdapter | None:
+    """None for a file that changes other weights than K's and V's as a whole, and for one with
+    gates: they take away what the changed rows say, and rows of a batch have none of their own."""
+    change = load(file)
+    kv = {f"unet.{name}.weight": name for name in projections(wearer.unet)}
+    if not change.deltas.keys() <= kv.keys() or any(s.gate for s in change.subjects):
+        return None
+    _check_layers(wearer, file, change)
+    products = {name: _product(pair) for name, pair in change.products.items()}
+    return RowAdapter(
+        saved_products(of_text(products)) | _rows(change.subjects),
+        partial(_wear_text, about=_about(file)),
+        products=of_unet(products),
+        answers={kv[name]: Dense(delta) for name, delta in change.deltas.items()},
+    )
+
+
+def _wear_text(
+    wearer: Wearer,
+    text: Mapping[str, Tensor],
+    scale: float,
+    word: str,
+    about: Sequence[Mapping[str, Any]],
+) -> TakeOff:
+    with ExitStack() as undo:
+        undo.callback(_wear_words(wearer, _subjects(text, about), word))
+        undo.callback(wear_products(wearer, loaded_products(text), scale))
+        return undo.pop_all().close
+
+
+def _wear_words(wearer: Wearer, subjects: Sequence[Subject], word: str) -> TakeOff:
+    """Each subject's rows for its own word."""
+    with ExitStack() as undo:
+        for place, subject in enumerate(subjects, 1):
+            own = {f"{TOKENS}{part}": tensor for part, tensor in subject.rows.items()}
+            undo.callback(wear_words(wearer, own, nth_word(word, place), subject.layers))
+        most = max(subject.layers for subject in subjects)
+        if most > 1:
+            undo.callback(read_by_layer(wearer.text_encoders, most))
+        return undo.pop_all().close
+
+
+def _check_layers(wearer: Wearer, file: Path, change: Change) -> None:
     found = len(cross_attention(wearer.unet))
     if any(subject.layers not in (1, found) for subject in change.subjects):
         raise InvalidRequest(
             f"{file.name} has words for another number of cross-attention layers than the {found} "
             "of this base: it was made for another one."
         )
-    named = {f"{deltas.PREFIX}{name}": delta for name, delta in change.deltas.items()}
-    products = {name: _product(pair) for name, pair in change.products.items()}
-    with ExitStack() as undo:
-        for place, subject in enumerate(change.subjects, 1):
-            rows = {f"{TOKENS}{part}": tensor for part, tensor in subject.rows.items()}
-            undo.callback(wear_words(wearer, rows, nth_word(word, place), subject.layers))
-            if subject.gate:
-                gate = {key: tensor.to(wearer.unet.device) for key, tensor in subject.gate.items()}
-                gates = perfusion.gates_of(wearer, gate)
-                undo.callback(perfusion.wear_gates(wearer, gates, scale * subject.gate_scale))
-        if any(subject.layers > 1 for subject in change.subjects):
-            undo.callback(read_by_layer(wearer.text_encoders, found))
-            undo.callback(take_own_text(wearer.unet))
-        undo.callback(deltas.wear_deltas(wearer, named, scale))
-        undo.callback(wear_products(wearer, products, scale))
-        return undo.pop_all().close
+
+
+def _about(file: Path) -> list[dict[str, Any]]:
+    """What the config says of each subject."""
+    subjects: list[dict[str, Any]] = adapter_info(read_header(file), file.name).config["subjects"]
+    return subjects
+
+
+def _subjects(tensors: Mapping[str, Tensor], about: Sequence[Mapping[str, Any]]) -> list[Subject]:
+    all_rows = under(TOKENS, tensors)
+    subjects, start = [], 0
+    for place, one in enumerate(about, 1):
+        own = slice(start, start := start + one["rows"])
+        subjects.append(
+            Subject(
+                rows={part: all_rows[part][own] for part in all_rows if one["rows"]},
+                layers=one["layers"],
+                gate=under(f"{COMPOSITION}.{place}.", tensors),
+                gate_scale=1.0 if one["gate"] is None else one["gate"],
+            )
+        )
+    return subjects
 
 
 def under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

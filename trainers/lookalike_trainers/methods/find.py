@@ -5,7 +5,12 @@ from typing import Any
 
 from lookalike_platform.errors import InvalidRequest
 from lookalike_registry.compose.rules import COMPOSITION
-from lookalike_trainers.catalog import COMPOSITION_WEAR, METHODS, MethodInfo
+from lookalike_trainers.catalog import (
+    COMPOSITION_ROWS,
+    COMPOSITION_WEAR,
+    METHODS,
+    MethodInfo,
+)
 from lookalike_trainers.methods.method import Builder, Wear
 from lookalike_trainers.methods.row_adapter import Rows
 
@@ -24,7 +29,7 @@ def wear_of(method: str) -> Wear:
 
 def rows_of(method: str) -> Rows | None:
     """What lets its adapters act on single rows; None if they must be worn as a whole."""
-    entry = None if method == COMPOSITION else _info(method).rows
+    entry = COMPOSITION_ROWS if method == COMPOSITION else _info(method).rows
     return _load(entry) if entry else None
 
 

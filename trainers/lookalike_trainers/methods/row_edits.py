@@ -101,7 +101,7 @@ class RowEdits:
             # Without hooks: what others put beside the layer acts at each step.
             said = functional.linear(e, layer.weight, layer.bias)
             for adapter, scale in outfit:
-                if (more := self._said(adapter, name, e)) is not None:
+                for more in self._said(adapter, name, e):
                     said = said + (scale * more).to(said.dtype)
             total[name] = said
         return total
@@ -136,13 +136,13 @@ class RowEdits:
                 self._on.callback(handle.remove)
         self._slots = list(slots)
 
-    def _said(self, adapter: RowAdapter, name: str, e: torch.Tensor) -> torch.Tensor | None:
+    def _said(self, adapter: RowAdapter, name: str, e: torch.Tensor) -> Iterator[torch.Tensor]:
+        """What an adapter adds to a layer's answer to the text, whatever the step."""
         if name in adapter.answers:
-            return adapter.answers[name](self._layers[name], e)
+            yield adapter.answers[name](self._layers[name], e)
         if name in adapter.products and adapter.ranks is None:
             product = adapter.products[name]
-            return change_by(self._layers[name], product.down, product.up, e)
-        return None
+            yield change_by(self._layers[name], product.down, product.up, e)
 
     def _changes(self, name: str, layer: Any, slots: Sequence[Slot]) -> Iterator[Change]:
         worn = [self._worn(name, slot) for slot in slots]
