@@ -16,7 +16,11 @@ from lookalike_registry.formats.diffusers_lora import (
     save_diffusers,
 )
 from lookalike_registry.formats.kohya import from_kohya, is_kohya
-from lookalike_registry.formats.textual_inversion import from_embeddings, is_embeddings
+from lookalike_registry.formats.textual_inversion import (
+    from_embeddings,
+    is_embeddings,
+    is_token,
+)
 from lookalike_registry.products import Product, saved_products
 from lookalike_registry.safetensors_header import read_header
 from lookalike_registry.tensor_file import (
@@ -47,14 +51,15 @@ def load(files: Sequence[Path], base_folder: Path) -> Loaded:
     products: dict[str, Product] = {}
     deltas: dict[str, torch.Tensor] = {}
     rows: dict[str, torch.Tensor] = {}
+    widths = _widths(base_folder)
     for path in files:
         read_header(path)  # refuses pickles and unsound files
         tensors = load_file(path)
-        words = is_embeddings(tensors)
+        words = _is_word(tensors, widths)
         if rows if words else products or deltas:
             raise InvalidRequest(f"{path.name} is another adapter: import one at a time.")
         if words:
-            rows = from_embeddings(tensors, _widths(base_folder), path.name)
+            rows = from_embeddings(tensors, widths, path.name)
         elif is_kohya(tensors):
             products = from_kohya(tensors, base_folder, path.name)
         elif is_diffusers_lora(tensors):
@@ -98,6 +103,11 @@ def save(loaded: Loaded, folder: Path, card: LoraCard, class_noun: str) -> Path:
     path = folder / ADAPTER_NAME
     save_tensors(path, loaded.method, loaded.tensors, about[loaded.method], spec)
     return path
+
+
+def _is_word(tensors: Mapping[str, torch.Tensor], widths: Mapping[str, int]) -> bool:
+    known = is_kohya(tensors) or is_diffusers_lora(tensors) or is_processors(tensors)
+    return is_embeddings(tensors) or (not known and is_token(tensors, widths))
 
 
 def _widths(base_folder: Path) -> dict[str, int]:

@@ -16,6 +16,7 @@ from lookalike_registry.formats.load import load, save
 from lookalike_registry.products import Product, read_lora
 from lookalike_registry.tensor_file import check_tensors, modelspec, save_tensors
 from support_formats import diffusers_paints, pipeline, same, saved, we_paint
+from support_models import WIDTH, save_base
 
 PROMPT = "a sks dog"
 LORA: dict[str, Any] = {
@@ -25,6 +26,12 @@ LORA: dict[str, Any] = {
     "ranks": {"to_k": 4},
     "train_text_encoder": True,
 }
+
+
+@pytest.fixture(scope="module")
+def sd1(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base with the one text encoder that single-tensor embeddings are of."""
+    return save_base(tmp_path_factory.mktemp("bases") / "sd1", "sd1")
 
 
 def exported(file: Path, base: Path, form: str, folder: Path, rank: int | None = None) -> Exported:
@@ -326,6 +333,28 @@ def test_files_of_no_known_format_of_another_base_and_pickles_are_refused(
     torch.save({"emb_params": torch.zeros(1, 16)}, pickled)
     with pytest.raises(InvalidRequest, match="pickle"):
         load([pickled], base)
+
+
+def test_a_number_in_place_of_a_word_s_rows_is_refused_by_its_name(
+    base: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "number.safetensors"
+    save_file({"emb_params": torch.tensor(1.0)}, file)
+    with pytest.raises(InvalidRequest, match=r"emb_params: is \[\]"):
+        load([file], base)
+
+
+@pytest.mark.parametrize("shape", [(2, WIDTH), (WIDTH,)])
+def test_a_token_whose_name_has_no_brackets_paints_what_it_paints_in_diffusers(
+    sd1: Path, tmp_path: Path, shape: tuple[int, ...]
+) -> None:
+    file = tmp_path / "learned_embeds.safetensors"
+    save_file({"zot": torch.randn(shape, generator=torch.Generator().manual_seed(0))}, file)
+    pipe = pipeline(sd1)
+    pipe.load_textual_inversion(file)
+    ours = we_paint(sd1, PROMPT, *imported([file], sd1, tmp_path / "back"))
+    assert same(diffusers_paints(pipe, "a zot dog"), ours)
+    assert not same(ours, we_paint(sd1, PROMPT))
 
 
 def test_what_a_format_cannot_hold_is_said(base: Path, tmp_path: Path) -> None:
