@@ -5,9 +5,16 @@ cores; for SD 1.5-sized bases the usual values are in each field's note.
 """
 
 from string import Formatter
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    field_validator,
+    model_validator,
+)
 
 
 class Strict(BaseModel):
@@ -98,7 +105,9 @@ class TrainingConfig(Strict):
         json_schema_extra={"default": None, "type": ["string", "null"]},
     )
     token_vectors: int = Field(default=0, ge=0, le=16)  # embedding rows the trigger learns
-    initializer: str | None = Field(default=None, max_length=40)  # None: the class noun
+    initializer: Annotated[
+        str | None, StringConstraints(strip_whitespace=True, min_length=1, max_length=40)
+    ] = None  # the class noun
     token_learning_rate: float = Field(default=5e-3, gt=0, le=1)  # SD 1.5: 5e-4
     train_text_encoder: bool = False
     caption_dropout: float = Field(default=0.05, ge=0, le=1)

@@ -79,12 +79,19 @@ def test_a_refused_request_does_not_use_up_its_key(api: Api) -> None:
         ({"prior": {"sampler": "plms"}}, "config.prior.sampler"),
         ({"targets": ["to_q", "a b"]}, "config.targets[1]"),
         ({"prompt": "a" * 10_000}, "config.prompt"),
+        ({"initializer": ""}, "config.initializer"),
+        ({"initializer": " "}, "config.initializer"),
     ],
 )
 def test_a_wrong_config_value_is_named_by_its_path(
     api: Api, config: dict[str, Any], path: str
 ) -> None:
     assert paths_of(submit(api, config=config)) == [path]
+
+
+def test_spaces_around_an_initializer_are_no_part_of_it(api: Api) -> None:
+    job = submit(api, config={"initializer": " dog "}).json()
+    assert job["request"]["config"]["initializer"] == "dog"
 
 
 @pytest.mark.parametrize(

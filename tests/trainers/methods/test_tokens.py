@@ -14,6 +14,7 @@ from lookalike_trainers.methods.tokens import (
     learn_rows,
     median_norm,
     wear_words,
+    word_rows,
 )
 from support_models import RESOLUTION, WIDTH, save_base
 
@@ -82,6 +83,13 @@ def test_rows_are_held_at_the_initialiser_s_norm_where_it_is_above_the_median(
     (layer,) = learn_rows(parts, [encoder], "sks", "q", keep_norm=True)
     expected = torch.full((2,), held * median)
     torch.testing.assert_close(layer.vectors().norm(dim=1), expected, rtol=1e-2, atol=0)
+
+
+@pytest.mark.parametrize("word", ["", "  "])
+def test_rows_do_not_start_from_a_word_without_tokens(base: Path, word: str) -> None:
+    parts = BaseParts(base, CPU)
+    with pytest.raises(InvalidRequest, match=r"no tokens of .* name another word as initializer"):
+        word_rows(parts.text_encoders[0], parts.tokenizers[0], word, 2)
 
 
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])

@@ -87,9 +87,17 @@ def embeddings(encoder: Any) -> Any:
 
 
 def word_rows(encoder: Any, tokenizer: Any, word: str, count: int) -> torch.Tensor:
-    """[count, width] to start from: the mean of the word's own tokens (Gal et al. 2023, 4)."""
+    """[count, width] to start from: the mean of the word's own tokens (Gal et al. 2023, 4).
+
+    Raises InvalidRequest for a word that the tokenizer makes none of: their mean is NaN.
+    """
     table = embeddings(encoder).token_embedding.weight
     ids = tokenizer(word, add_special_tokens=False).input_ids
+    if not ids:
+        raise InvalidRequest(
+            f"The base's tokenizer makes no tokens of {word!r}, which a learned word is to start "
+            "from: name another word as initializer."
+        )
     return table[ids].mean(0, keepdim=True).expand(count, -1).detach().clone()
 
 
