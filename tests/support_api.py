@@ -52,9 +52,9 @@ class Api:
         blobs = self.settings.home / "blobs"
         return {**rows, "blobs": sorted(f.name for f in blobs.rglob("*") if f.is_file())}
 
-    def add_set(self, name: str = "rex", number: int = 3) -> Any:
+    def add_set(self, name: str = "rex", number: int = 3, class_noun: str = "dog") -> Any:
         files = [("images", (f"{i}.jpg", photo(i), "image/jpeg")) for i in range(number)]
-        data = {"name": name, "class_noun": "dog"}
+        data = {"name": name, "class_noun": class_noun}
         made = self.http.post("/v1/subject-sets", data=data, files=files)
         assert made.status_code == 201, made.text
         return made.json()

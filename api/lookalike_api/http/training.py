@@ -97,8 +97,12 @@ def admit(
     if config.prior and config.prior.subject_set:
         _subject_set(session, owner, config.prior.subject_set, "config.prior.subject_set")
     also = config.also if isinstance(config, CustomDiffusionConfig) else ()
-    for place, set_id in enumerate(also):
+    others = [
         _subject_set(session, owner, set_id, f"config.also[{place}]")
+        for place, set_id in enumerate(also)
+    ]
+    nouns = [subject_set.class_noun, *(other.class_noun for other in others)]
+    _check_prior(config, nouns)
     concept = wanted.concept or subject_set.name
     new = NewJob(
         owner=owner,
@@ -117,6 +121,21 @@ def admit(
         },
     )
     return new, preview(session, base, wanted.method, config, settings)
+
+
+def _check_prior(config: TrainingConfig, nouns: list[str]) -> None:
+    """A prior that is of one class must be that of every subject: nothing says whose it is."""
+    classes = sorted({noun.casefold() for noun in nouns})
+    if config.prior is None or len(classes) == 1:
+        return
+    message = (
+        f"is of one class, and the subjects are of several ({', '.join(classes)}): leave it out, "
+        "and the base draws images of each class; or train the subjects of one class together"
+    )
+    one_class = ("subject_set", "prompt")
+    given = [name for name in one_class if getattr(config.prior, name)]
+    if given:
+        raise wrong_values([FieldProblem(f"config.prior.{name}", message) for name in given])
 
 
 def _method(name: str) -> MethodInfo:

@@ -258,6 +258,20 @@ def test_custom_diffusion_learns_more_subjects_of_sets_it_is_told(api: Api) -> N
     assert paths_of(refused) == ["config.also[0]"]
 
 
+@pytest.mark.parametrize("kind", ["subject_set", "prompt"])
+def test_a_prior_of_one_class_is_refused_for_subjects_of_several(api: Api, kind: str) -> None:
+    prior = {kind: api.add_set("dogs", 5)["id"] if kind == "subject_set" else "a photo of a dog"}
+
+    def answer(class_noun: str) -> Any:
+        config = {"also": [api.add_set("tom", 4, class_noun)["id"]], "prior": prior}
+        return submit(api, method="custom_diffusion", config=config)
+
+    (problem,) = problem_of(answer("cat"), 422)["errors"]
+    assert problem["path"] == f"config.prior.{kind}"
+    assert "(cat, dog): leave it out, and the base draws" in problem["message"]
+    assert answer("dog").status_code == 202
+
+
 def test_a_set_of_class_images_that_is_not_there_is_named_by_its_field(api: Api) -> None:
     refused = submit(api, config={"prior": {"subject_set": "set_0000"}})
     assert paths_of(refused) == ["config.prior.subject_set"]
