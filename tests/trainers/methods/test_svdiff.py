@@ -76,6 +76,17 @@ def test_loss_and_gradient_are_the_papers_formulas(base: Path) -> None:
         torch.testing.assert_close(spectrum.delta.grad, slope, rtol=1e-6, atol=1e-6 * scale)
 
 
+def test_it_trains_in_bf16_as_in_float32(base: Path) -> None:
+    losses = []
+    for precision in ("no", "bf16"):
+        method, parts = made(base, "svdiff", mixed_precision=precision)
+        loss = loss_of(method, batch(method, parts))
+        loss.backward()
+        assert all(shift.grad.abs().any() for shift in method.unet_shifts.values())
+        losses.append(float(loss.detach()))
+    assert losses[1] == pytest.approx(losses[0], rel=2e-2)
+
+
 @pytest.mark.parametrize("shape", [(6, 20), (20, 6), (8, 8), (5, 3, 3, 3), (40, 2, 3, 3)])
 def test_the_factors_are_the_singular_value_decomposition(shape: tuple[int, ...]) -> None:
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(1))

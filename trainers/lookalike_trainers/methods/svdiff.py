@@ -168,8 +168,9 @@ class Spectrum(nn.Module):
 def recompose(
     u: torch.Tensor, s: torch.Tensor, vt: torch.Tensor, delta: torch.Tensor
 ) -> torch.Tensor:
-    """W' - W = U diag(relu(S + delta) - S) V^T, [out, in]."""
-    return (u * (F.relu(s + delta) - s)) @ vt
+    """W' - W = U diag(relu(S + delta) - S) V^T, [out, in], in the factors' precision."""
+    scaled = u * (F.relu(s + delta) - s)  # S and delta are float32 where U and V^T are bf16
+    return scaled.to(vt.dtype) @ vt
 
 
 def decompose(weight: torch.Tensor, kept: Path | None) -> Factors:
