@@ -5,16 +5,17 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn.utils import parametrize
 
 from lookalike_platform.errors import InvalidRequest
-from lookalike_registry.tensor_file import parameter_shapes
+from lookalike_registry.tensor_file import nth_word, parameter_shapes
 from lookalike_trainers.base_parts import BaseParts
 from lookalike_trainers.catalog import METHODS
 from lookalike_trainers.denoiser import trainable
-from lookalike_trainers.method_configs import LoraConfig
+from lookalike_trainers.method_configs import LoraConfig, SvdiffConfig
 from lookalike_trainers.methods.find import builder_of
 from lookalike_trainers.methods.method import Card
-from lookalike_trainers.trainables import count
+from lookalike_trainers.trainables import count, held_bytes
 from support_models import RESOLUTION, save_base
 
 OPTIONS: dict[str, list[dict[str, Any]]] = {
@@ -26,6 +27,7 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
     "diff_fit": [{"train_text_encoder": True}],
     "dreambooth": [{"train_text_encoder": True}],
     "textual_inversion": [{"token_vectors": 5}],
+    "custom_diffusion": [{"also": ("set_2", "set_3")}],
 }
 CASES = [
     pytest.param(info.name, options, id=f"{info.name}-{number}")
@@ -47,13 +49,34 @@ def test_as_many_numbers_train_and_are_kept_as_the_preview_says(
     config = info.config.model_validate({"resolution": RESOLUTION, "initializer": "dog", **options})
     parts = BaseParts(base, torch.device("cpu"), tmp_path / "cache")
     if config.token_vectors:
-        parts.learn(config.trigger, config.token_vectors)
+        for number in range(1, 2 + len(options.get("also", ()))):
+            parts.learn(nth_word(config.trigger, number), config.token_vectors)
     method = builder_of(name)(parts, config)
     said = count(parameter_shapes(base), config)
     assert said.trained == sum(parameter.numel() for parameter in trainable(method.module))
     file = method.save(tmp_path, Card("robot", "sd1", RESOLUTION, "sks", "epsilon"))
     header = 8 + int.from_bytes(file.read_bytes()[:8], "little")
     assert said.kept * 4 == file.stat().st_size - header
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"mixed_precision": "bf16", "train_text_encoder": True}, {"gradient_checkpointing": True}],
+)
+def test_svdiff_s_factors_and_products_take_what_the_preview_says(
+    base: Path, tmp_path: Path, options: dict[str, Any]
+) -> None:
+    config = SvdiffConfig(resolution=RESOLUTION, **options)
+    parts = BaseParts(base, torch.device("cpu"), tmp_path / "cache")
+    module = builder_of("svdiff")(parts, config).module
+    held = 0
+    with torch.autocast("cpu", torch.bfloat16, enabled=config.mixed_precision == "bf16"):
+        for layer in (one for one in module.modules() if parametrize.is_parametrized(one)):
+            (spectrum,) = layer.parametrizations["weight"]
+            held += sum(factor.nbytes for factor in spectrum.buffers())
+            if not config.gradient_checkpointing:
+                held += layer.weight.nbytes
+    assert held_bytes(parameter_shapes(base), config) == held
 
 
 def test_targets_the_base_does_not_have_are_refused_by_their_field(base: Path) -> None:

@@ -1,6 +1,7 @@
 """What a training will take, before it is queued. Torch-free: shapes come from file headers."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sqlalchemy import select
@@ -11,7 +12,8 @@ from lookalike_platform.db.tables import Job
 from lookalike_platform.settings import Settings
 from lookalike_registry.tensor_file import parameter_shapes
 from lookalike_trainers.config import TrainingConfig
-from lookalike_trainers.trainables import count
+from lookalike_trainers.prompts import class_prompt
+from lookalike_trainers.trainables import count, held_bytes
 
 _FLOAT = 4  # bytes: trainables, gradients and optimiser state are float32
 _RECENT = 5
@@ -22,10 +24,10 @@ class Cost:
     """The preview. Bytes and seconds; seconds are None until a run on this base has finished here.
 
     trigger: the word that the subject will answer to.
-    prior_images: how many the base is to draw of the class.
+    prior_images: how many the base is to draw, of all classes together.
     state_bytes: base weights of the denoiser (twice where the base's output is preserved),
-        trainables, their gradients, AdamW's two moments and the moving average if there is one;
-        activations, which grow with batch_size and resolution, come on top.
+        trainables, their gradients, AdamW's two moments, the moving average if there is one, and
+        SVDiff's factors; activations, which grow with batch_size and resolution, come on top.
     """
 
     trigger: str
@@ -41,16 +43,23 @@ class Cost:
 
 
 def preview(
-    session: Session, base: Base, method: str, config: TrainingConfig, settings: Settings
+    session: Session,
+    base: Base,
+    method: str,
+    config: TrainingConfig,
+    settings: Settings,
+    class_nouns: Sequence[str],
 ) -> Cost:
     """What a training with the method's config costs on `base`.
+
+    Args:
+        class_nouns: of the subjects.
 
     Raises:
         InvalidRequest: the base has no layers of the targets named.
     """
     shapes = parameter_shapes(base.folder)
     numbers = count(shapes, config)
-    prior = config.prior
     unet = sum(math.prod(s) for name, s in shapes.items() if name.startswith("unet."))
     if config.output_preservation:
         unet *= 2
@@ -61,14 +70,23 @@ def preview(
         trigger=config.trigger,
         trainable_parameters=numbers.trained,
         adapter_bytes=numbers.kept * _FLOAT,
-        state_bytes=unet * _FLOAT + numbers.trained * _bytes_each(config),
+        state_bytes=unet * _FLOAT
+        + numbers.trained * _bytes_each(config)
+        + held_bytes(shapes, config),
         steps=config.steps,
         samples=config.steps * per_step,
         processes=processes,
-        prior_images=prior.num_images if prior and not prior.subject_set else 0,
+        prior_images=_prior_images(config, class_nouns),
         seconds=round(config.steps * per_step / rate, 1) if rate else None,
         seconds_based_on=source,
     )
+
+
+def _prior_images(config: TrainingConfig, class_nouns: Sequence[str]) -> int:
+    """As many for each class there is among the subjects (prepare.py)."""
+    if config.prior is None or config.prior.subject_set:
+        return 0
+    return config.prior.num_images * len({class_prompt(config, noun) for noun in class_nouns})
 
 
 def _bytes_each(config: TrainingConfig) -> int:

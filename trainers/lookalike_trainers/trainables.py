@@ -1,4 +1,4 @@
-"""How many numbers each method trains and keeps, from the shapes of a base's files. Torch-free."""
+"""How much each method trains, keeps and holds, from the shapes of a base's files. Torch-free."""
 
 import math
 from collections.abc import Mapping
@@ -42,8 +42,26 @@ def count(shapes: Shapes, config: TrainingConfig) -> Count:
     )
     if isinstance(config, EdLoraConfig):  # a row for each cross-attention layer
         tokens *= sum(name.endswith("attn2.to_k.weight") for name in shapes)
+    if isinstance(config, CustomDiffusionConfig):  # a word for each subject
+        tokens *= 1 + len(config.also)
     own = _own(shapes, config)
     return Count(own.trained + tokens, own.kept + tokens)
+
+
+def held_bytes(shapes: Shapes, config: TrainingConfig) -> int:
+    """What steps hold beside the base and what trains: SVDiff's U, S, V^T and W' of each matrix.
+
+    With gradient checkpointing W' comes and goes.
+    """
+    if not isinstance(config, SvdiffConfig):
+        return 0
+    size = 2 if config.mixed_precision == "bf16" else 4
+    total = 0
+    for out, width in _matrices(_thawed(shapes, config)):
+        rank = min(out, width)
+        product = 0 if config.gradient_checkpointing else out * width
+        total += size * (rank * (out + width) + product) + 4 * rank  # S is float32 in any case
+    return total
 
 
 def _own(shapes: Shapes, config: TrainingConfig) -> Count:

@@ -120,7 +120,7 @@ def admit(
             "config": config.model_dump(mode="json"),
         },
     )
-    return new, preview(session, base, wanted.method, config, settings)
+    return new, preview(session, base, wanted.method, config, settings, nouns)
 
 
 def _check_prior(config: TrainingConfig, nouns: list[str]) -> None:

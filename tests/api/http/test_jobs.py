@@ -216,6 +216,35 @@ def test_the_cost_counts_what_options_keep_in_memory(api: Api) -> None:
     assert preserving["samples"] == 2 * plain["samples"]
 
 
+def test_the_cost_counts_every_subject_s_word_and_every_class_s_images(api: Api) -> None:
+    others = [api.add_set("tom", 4, "cat")["id"], api.add_set("fido", 4)["id"]]
+
+    def cost(*also: str) -> Any:
+        config = {"also": also, "prior": {"num_images": 5}}
+        wanted = {"method": "custom_diffusion", "subject_set": others[1], "config": config}
+        return api.http.post("/v1/jobs", params={"dry_run": "true"}, json=wanted).json()
+
+    one, two, three = cost(), cost(others[0]), cost(*others)
+    assert [each["prior_images"] for each in (one, two, three)] == [5, 10, 10]
+    word = two["trainable_parameters"] - one["trainable_parameters"]
+    assert word > 0
+    assert three["adapter_bytes"] == one["adapter_bytes"] + 2 * word * 4
+
+
+def test_the_cost_counts_svdiff_s_factors(api: Api) -> None:
+    subject_set = api.add_set()["id"]
+
+    def frozen(method: str, **config: Any) -> int:
+        """Bytes of what does not train."""
+        wanted = {"method": method, "subject_set": subject_set, "config": config}
+        cost = api.http.post("/v1/jobs", params={"dry_run": "true"}, json=wanted).json()
+        return int(cost["state_bytes"] - 16 * cost["trainable_parameters"])
+
+    unet = frozen("lora")
+    without_products = frozen("svdiff", gradient_checkpointing=True)
+    assert 2 * unet < without_products < frozen("svdiff") - 0.9 * unet
+
+
 def test_targets_the_base_does_not_have_are_refused_by_name(api: Api) -> None:
     assert paths_of(submit(api, config={"targets": ["to_z"]})) == ["config.targets"]
     assert api.http.get("/v1/jobs").json()["items"] == []
