@@ -105,3 +105,13 @@ def test_a_run_that_diverges_says_step_cause_and_remedy_and_leaves_no_result(fol
     assert "learning rate of 0.001" in error["problem"]["detail"]
     assert "No checkpoint had been made" in error["problem"]["detail"]
     assert not (folder / "run" / "result" / "result.json").exists()
+
+
+def test_an_optimiser_that_cannot_be_had_ends_the_run_before_its_work(folder: Path) -> None:
+    """The stage is the operator's: the config alone does not say."""
+    code, said = carry_out(
+        folder, 1, 2, steps=3, optimizer="adamw8bit", prior={"num_images": 2, "steps": 2}
+    )
+    assert code != 0
+    assert [message["type"] for message in said] == ["error"]
+    assert "adamw8bit with ZeRO 2" in said[0]["problem"]["detail"]

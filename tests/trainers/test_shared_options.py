@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 from safetensors.torch import load_file
 
 from lookalike_platform.errors import CapabilityMissing
@@ -170,3 +171,9 @@ def test_eight_bit_moments_that_cannot_be_had_say_what_to_do(
     config = LoraConfig(optimizer="adamw8bit")
     with pytest.raises(CapabilityMissing, match=f"{what}.*optimizer to adamw"):
         engine._optimizer([], config, stage)
+
+
+def test_eight_bit_moments_are_not_asked_for_in_shares() -> None:
+    with pytest.raises(ValidationError, match=r"zero_stage: .*set it to 0, or optimizer"):
+        LoraConfig(optimizer="adamw8bit", zero_stage=2)
+    assert LoraConfig(optimizer="adamw8bit", zero_stage=0).zero_stage == 0

@@ -167,3 +167,12 @@ class TrainingConfig(Strict):
         if self.prior and self.output_preservation:
             raise ValueError("output_preservation: leave it out or leave out prior, not both")
         return self
+
+    @model_validator(mode="after")
+    def _moments_of_8_bits_are_whole(self) -> Self:
+        if self.optimizer == "adamw8bit" and self.zero_stage:
+            raise ValueError(
+                "zero_stage: cuts the moments into shares, which adamw8bit's cannot be; set it "
+                "to 0, or optimizer to adamw"
+            )
+        return self

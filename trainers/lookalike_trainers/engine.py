@@ -185,10 +185,20 @@ def make_engine(
     return engine
 
 
+def check_optimizer(config: TrainingConfig, zero_stage: int) -> None:
+    """Raises CapabilityMissing for an optimiser that cannot be had here."""
+    if config.optimizer == "adamw8bit":
+        _adamw8bit(zero_stage)
+
+
 def _optimizer(groups: list[dict[str, Any]], config: TrainingConfig, zero_stage: int) -> Any:
     """AdamW, or the same with moments of 8 bits a value (Dettmers et al. 2022)."""
     if config.optimizer == "adamw":
         return torch.optim.AdamW(groups, weight_decay=config.weight_decay, fused=True)
+    return _adamw8bit(zero_stage)(groups, weight_decay=config.weight_decay)
+
+
+def _adamw8bit(zero_stage: int) -> Any:
     if zero_stage:
         raise CapabilityMissing(
             f"optimizer adamw8bit with ZeRO {zero_stage}, which cuts its moments into shares: "
@@ -201,7 +211,7 @@ def _optimizer(groups: list[dict[str, Any]], config: TrainingConfig, zero_stage:
             "optimizer adamw8bit needs bitsandbytes where the trainers run: "
             "pip install 'lookalike[eight-bit]', or set optimizer to adamw"
         ) from None
-    return AdamW8bit(groups, weight_decay=config.weight_decay)
+    return AdamW8bit
 
 
 def _deepspeed_config(config: TrainingConfig, world: int, zero_stage: int) -> dict[str, Any]:

@@ -63,7 +63,7 @@ def run(folder: Path, say: Say) -> str:
     torch.use_deterministic_algorithms(True, warn_only=True)
 
     from lookalike_trainers.base_parts import BaseParts
-    from lookalike_trainers.engine import make_engine
+    from lookalike_trainers.engine import check_optimizer, make_engine
     from lookalike_trainers.evaluation.encoder_folder import check_encoders
     from lookalike_trainers.loop import train
     from lookalike_trainers.methods.find import builder_of
@@ -72,7 +72,9 @@ def run(folder: Path, say: Say) -> str:
     from lookalike_trainers.subjects import subjects_of
     from lookalike_trainers.validation import Validation
 
-    check_encoders(request.clip_encoder, request.dino_encoder)  # before the work, not after it
+    # Before the work, not after it.
+    check_encoders(request.clip_encoder, request.dino_encoder)
+    check_optimizer(config, request.zero_stage)
     world = int(os.environ["WORLD_SIZE"])
     parts = BaseParts(request.base_folder, device, request.cache)
     if config.token_vectors:
