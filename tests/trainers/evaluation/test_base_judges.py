@@ -1,5 +1,6 @@
 """The base as judge of pictures: against naive loops, and by what it can tell apart."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -9,9 +10,10 @@ from PIL import Image, ImageDraw
 import lookalike_api
 from lookalike_trainers.base_parts import BaseParts
 from lookalike_trainers.draws import generator
-from lookalike_trainers.evaluation.base_classifier import BaseClassifier
+from lookalike_trainers.evaluation.base_classifier import OTHER_SCENES, BaseClassifier
 from lookalike_trainers.evaluation.base_features import BaseFeatures, picture_latents
 from lookalike_trainers.evaluation.measures import cosines, resemblance
+from lookalike_trainers.evaluation.request import SCENES
 from support_images import picture
 from support_models import save_base
 
@@ -107,6 +109,34 @@ def test_a_picture_is_held_against_a_fixed_number_of_other_prompts(tiny_parts: B
     scores = classifier.score_prompts([picture(1)] * 6, prompts)
     own = classifier.probabilities(picture(1), ["a y", "a z", "a u"])[0]
     assert scores[4] == own
+
+
+@pytest.mark.parametrize(
+    "scenes", [SCENES[:1], SCENES, [*SCENES, "a {subject} in a boat"], OTHER_SCENES[:2]]
+)
+def test_a_picture_is_held_against_four_others_however_many_are_asked(
+    tiny_parts: BaseParts, monkeypatch: pytest.MonkeyPatch, scenes: Sequence[str]
+) -> None:
+    prompts = [scene.format(subject="dog") for scene in scenes]
+    classifier = BaseClassifier(tiny_parts, draws=2)
+    probabilities, held = classifier.probabilities, list[Sequence[str]]()
+
+    def listening(image: Image.Image, candidates: Sequence[str]) -> torch.Tensor:
+        held.append(candidates)
+        return probabilities(image, candidates)
+
+    monkeypatch.setattr(classifier, "probabilities", listening)
+    scores = classifier.score_prompts([picture(1)] * len(prompts), prompts, "dog")
+    assert (scores < 1).all()
+    assert [candidates[0] for candidates in held] == prompts
+    assert all(len(candidates) == len(set(candidates)) == 5 for candidates in held)
+    assert all(set(prompts) <= set(candidates) for candidates in held)
+    assert all(prompt.startswith("a dog") for candidates in held for prompt in candidates)
+
+
+def test_the_other_scenes_are_enough_and_none_is_asked_by_default() -> None:
+    assert len(set(OTHER_SCENES)) >= 5
+    assert not set(OTHER_SCENES) & set(SCENES)
 
 
 @pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])

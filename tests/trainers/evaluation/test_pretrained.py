@@ -82,8 +82,8 @@ def test_dino_judges_subjects_and_clip_prompts_where_the_operator_has_them(
 
     assert names(clip_folder, dino_folder) == (["dino", "clip"], "clip")
     assert names(clip_folder, None) == (["clip"], "clip")
-    assert names(None, dino_folder) == (["dino"], "base-classifier")
-    assert names(None, None) == (["base-features"], "base-classifier")
+    assert names(None, dino_folder) == (["dino"], "base-classifier-2")
+    assert names(None, None) == (["base-features"], "base-classifier-2")
 
 
 def test_an_encoder_that_is_not_here_is_refused_with_what_to_do() -> None:

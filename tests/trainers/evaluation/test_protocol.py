@@ -37,7 +37,9 @@ class MeanColour:
         pixels = [list(image.convert("RGB").resize((2, 2)).tobytes()) for image in images]
         return torch.tensor(pixels).float()
 
-    def score_prompts(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> torch.Tensor:
+    def score_prompts(
+        self, images: Sequence[Image.Image], prompts: Sequence[str], class_noun: str | None = None
+    ) -> torch.Tensor:
         return torch.tensor([len(prompt) / 100 for prompt in prompts])
 
 

@@ -95,7 +95,7 @@ def test_figures_of_every_measure_are_kept_with_the_judges_names(
     assert {m: {j: f["count"] for j, f in by.items()} for m, by in counts.items()} == {
         "class_diversity": {"base-features": 1},
         "prior_drift": {"base-features": 2},
-        "prompt_fidelity": {"base-classifier": 4},
+        "prompt_fidelity": {"base-classifier-2": 4},
         "real_resemblance": {"base-features": 3},
         "subject_diversity": {"base-features": 2},
         "subject_fidelity": {"base-features": 4},

@@ -23,6 +23,16 @@ from lookalike_trainers.draws import generator
 from lookalike_trainers.evaluation.base_features import picture_latents, resolution
 from lookalike_trainers.objective import NoiseSchedule
 
+OTHER_SCENES = (
+    "a {subject} on a red background",
+    "a {subject} in the night sky",
+    "a {subject} on the sea",
+    "a {subject} on a yellow background",
+    "a {subject} on a purple background",
+)
+"""Fill up the candidates where fewer prompts are asked: in words that the smallest base knows, and
+looking unlike each other and the scenes that are asked by default (request.py)."""
+
 
 class BaseClassifier:
     """As judge of prompts: the probability of a picture's own prompt among `candidates`.
@@ -30,11 +40,12 @@ class BaseClassifier:
     Args:
         draws: how many (t, e); t are spread evenly over the schedule.
         candidates: how many prompts, its own among them, a picture is held against. The others are
-            those that follow it in the call, so they are the same for every adapter that is asked
-            for the same prompts.
+            those that follow it in the call, then OTHER_SCENES of the same class, so they are the
+            same for every adapter that is asked for the same prompts.
     """
 
-    name = "base-classifier"
+    name = "base-classifier-2"
+    """Counts up when figures mean something else: 1 had only the prompts asked as candidates."""
 
     def __init__(self, parts: BaseParts, draws: int = 16, candidates: int = 5) -> None:
         self._parts = parts
@@ -45,16 +56,20 @@ class BaseClassifier:
         names = ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer")
         folders = [parts.folder / name for name in names if (parts.folder / name).is_dir()]
         components = [component_digest(folder) for folder in folders]
-        self.digest = canonical_digest([self.name, components, draws, candidates])
+        self.digest = canonical_digest([self.name, components, draws, candidates, OTHER_SCENES])
 
-    def score_prompts(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> torch.Tensor:
+    def score_prompts(
+        self, images: Sequence[Image.Image], prompts: Sequence[str], class_noun: str | None = None
+    ) -> torch.Tensor:
         """Of each picture [n], the probability of its own prompt; 1 / candidates is chance."""
         distinct = list(dict.fromkeys(prompts))
+        scenes = [scene.format(subject=class_noun) for scene in OTHER_SCENES] if class_noun else []
+        foreign = [scene for scene in scenes if scene not in distinct]
         scores = []
         for image, prompt in zip(images, prompts, strict=True):
             place = distinct.index(prompt)
-            others = [*distinct[place:], *distinct[:place]][: self._candidates]
-            scores.append(self.probabilities(image, others)[0])
+            among = [*distinct[place:], *distinct[:place], *foreign][: self._candidates]
+            scores.append(self.probabilities(image, among)[0])
         return torch.stack(scores)
 
     def probabilities(self, image: Image.Image, prompts: Sequence[str]) -> torch.Tensor:

@@ -33,10 +33,15 @@ class PromptJudge(Protocol):
     name: str
     digest: str
 
-    def score_prompts(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> torch.Tensor:
+    def score_prompts(
+        self, images: Sequence[Image.Image], prompts: Sequence[str], class_noun: str | None = None
+    ) -> torch.Tensor:
         """Of each picture [images], how well it shows its own prompt; higher is better.
 
         Prompts are in words every model knows: "a dog in the snow", without the trigger.
+
+        Args:
+            class_noun: what all pictures are of, for judges that compare with other scenes of it.
         """
         ...
 

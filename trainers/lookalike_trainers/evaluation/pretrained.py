@@ -66,7 +66,9 @@ class Clip:
                 features.append(model.text_projection(text.pooler_output).cpu())
         return F.normalize(torch.cat(features), dim=1)
 
-    def score_prompts(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> torch.Tensor:
+    def score_prompts(
+        self, images: Sequence[Image.Image], prompts: Sequence[str], class_noun: str | None = None
+    ) -> torch.Tensor:
         """CLIP-T: of each picture [n], its cosine to its prompt."""
         return prompt_fidelity(self.encode_images(images), self.encode_prompts(prompts))
 

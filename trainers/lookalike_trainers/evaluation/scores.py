@@ -19,11 +19,13 @@ class Paintings:
     prompts: in plain words, "a dog in the snow", as judges are asked
     of_subject: of each prompt the pictures of the subject in that scene, one a seed
     of_class: pictures for the class noun alone, "a dog"
+    class_noun: None: not said, and a judge may have only `prompts` to compare with each other
     """
 
     prompts: Sequence[str]
     of_subject: Sequence[Sequence[Image.Image]]
     of_class: Sequence[Image.Image]
+    class_noun: str | None = None
 
 
 class Scores(BaseModel):
@@ -67,7 +69,7 @@ def score(judges: Judges, real: Sequence[Image.Image], painted: Paintings) -> Sc
     for encoder in judges.subject:
         for name, values in _of_encoder(encoder, real, painted).items():
             by_encoder[name][encoder.name] = values
-    probable = judges.prompt.score_prompts(pictures, asked).tolist()
+    probable = judges.prompt.score_prompts(pictures, asked, painted.class_noun).tolist()
     return Scores(prompt_fidelity={judges.prompt.name: probable}, **by_encoder)
 
 

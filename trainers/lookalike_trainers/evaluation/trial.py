@@ -72,6 +72,7 @@ def try_on(
             resolution,
             on_picture=lambda done: on_picture(of_subject + done, total),
         )[0],
+        class_noun=class_noun,
     )
     take_off()
     return painted
