@@ -99,14 +99,14 @@ def test_the_bundled_base_knows_the_prompt_its_own_pictures_were_drawn_from(
                 guidance_scale=4.0,
             )
             pictures += decode(bundled_parts.vae, latents)
-    scores = BaseClassifier(bundled_parts).score_prompts(pictures, prompts)
+    scores = BaseClassifier(bundled_parts).score_prompts(pictures, prompts, "dog")
     assert (scores > 0.5).all(), scores
 
 
 def test_a_picture_is_held_against_a_fixed_number_of_other_prompts(tiny_parts: BaseParts) -> None:
     prompts = [f"a {letter}" for letter in "uvwxyz"]
     classifier = BaseClassifier(tiny_parts, draws=2, candidates=3)
-    scores = classifier.score_prompts([picture(1)] * 6, prompts)
+    scores = classifier.score_prompts([picture(1)] * 6, prompts, "letter")
     own = classifier.probabilities(picture(1), ["a y", "a z", "a u"])[0]
     assert scores[4] == own
 

@@ -52,7 +52,7 @@ def test_clip_scores_are_the_cosines_that_transformers_clip_answers(clip_folder:
     torch.testing.assert_close(clip.encode_images(PHOTOS), answer.image_embeds)
     torch.testing.assert_close(clip.encode_prompts(prompts), answer.text_embeds)
     cosines = (answer.image_embeds * answer.text_embeds).sum(1)
-    torch.testing.assert_close(clip.score_prompts(PHOTOS, prompts).float(), cosines)
+    torch.testing.assert_close(clip.score_prompts(PHOTOS, prompts, "dog").float(), cosines)
 
 
 def test_dinos_features_are_the_class_token(dino_folder: Path) -> None:

@@ -38,7 +38,7 @@ class MeanColour:
         return torch.tensor(pixels).float()
 
     def score_prompts(
-        self, images: Sequence[Image.Image], prompts: Sequence[str], class_noun: str | None = None
+        self, images: Sequence[Image.Image], prompts: Sequence[str], class_noun: str
     ) -> torch.Tensor:
         return torch.tensor([len(prompt) / 100 for prompt in prompts])
 

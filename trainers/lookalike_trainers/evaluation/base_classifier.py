@@ -59,11 +59,11 @@ class BaseClassifier:
         self.digest = canonical_digest([self.name, components, draws, candidates, OTHER_SCENES])
 
     def score_prompts(
-        self, images: Sequence[Image.Image], prompts: Sequence[str], class_noun: str | None = None
+        self, images: Sequence[Image.Image], prompts: Sequence[str], class_noun: str
     ) -> torch.Tensor:
         """Of each picture [n], the probability of its own prompt; 1 / candidates is chance."""
         distinct = list(dict.fromkeys(prompts))
-        scenes = [scene.format(subject=class_noun) for scene in OTHER_SCENES] if class_noun else []
+        scenes = [scene.format(subject=class_noun) for scene in OTHER_SCENES]
         foreign = [scene for scene in scenes if scene not in distinct]
         scores = []
         for image, prompt in zip(images, prompts, strict=True):

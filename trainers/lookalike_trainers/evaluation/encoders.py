@@ -34,7 +34,7 @@ class PromptJudge(Protocol):
     digest: str
 
     def score_prompts(
-        self, images: Sequence[Image.Image], prompts: Sequence[str], class_noun: str | None = None
+        self, images: Sequence[Image.Image], prompts: Sequence[str], class_noun: str
     ) -> torch.Tensor:
         """Of each picture [images], how well it shows its own prompt; higher is better.
 

@@ -67,7 +67,7 @@ class Clip:
         return F.normalize(torch.cat(features), dim=1)
 
     def score_prompts(
-        self, images: Sequence[Image.Image], prompts: Sequence[str], class_noun: str | None = None
+        self, images: Sequence[Image.Image], prompts: Sequence[str], class_noun: str
     ) -> torch.Tensor:
         """CLIP-T: of each picture [n], its cosine to its prompt."""
         return prompt_fidelity(self.encode_images(images), self.encode_prompts(prompts))

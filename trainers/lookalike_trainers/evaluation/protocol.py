@@ -141,6 +141,7 @@ def _paint(
         prompts=[template.format(subject=noun) for template in templates],
         of_subject=paint(contender, adapter, asked, seeds),
         of_class=paint(contender, adapter, [f"a {noun}"], of_class_seeds)[0],
+        class_noun=noun,
     )
 
 

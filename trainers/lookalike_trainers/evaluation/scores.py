@@ -19,13 +19,13 @@ class Paintings:
     prompts: in plain words, "a dog in the snow", as judges are asked
     of_subject: of each prompt the pictures of the subject in that scene, one a seed
     of_class: pictures for the class noun alone, "a dog"
-    class_noun: None: not said, and a judge may have only `prompts` to compare with each other
+    class_noun: what all pictures are of
     """
 
     prompts: Sequence[str]
     of_subject: Sequence[Sequence[Image.Image]]
     of_class: Sequence[Image.Image]
-    class_noun: str | None = None
+    class_noun: str
 
 
 class Scores(BaseModel):
