@@ -1,0 +1,93 @@
+"""How orders come into memory, in turn, as far as there is room. Imports torch."""
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from lookalike_api.sampling.ends import told
+from lookalike_api.sampling.loading import Adapters, acts_on_rows
+from lookalike_api.sampling.messages import SampleOrder
+from lookalike_api.sampling.models import ResidentBase, ResidentBases
+from lookalike_api.sampling.painting import Painting
+
+Say = Callable[[int, dict[str, Any]], None]
+"""Called with an order's number and what is to be said of it; see messages.py. From any thread."""
+
+
+class Entrance:
+    """Orders that wait for room in memory, and those that have it, whose adapters load.
+
+    wake: called, from any thread, when there may be something to do again.
+    """
+
+    def __init__(
+        self, bases: ResidentBases, adapters: Adapters, say: Say, wake: Callable[[], None]
+    ) -> None:
+        self._bases, self._adapters, self._say, self._wake = bases, adapters, say, wake
+        self._waiting: deque[tuple[int, SampleOrder]] = deque()
+        self.loading: list[Painting] = []
+
+    def accept(self, number: int, order: SampleOrder) -> None:
+        self._waiting.append((number, order))
+
+    def drop(self, number: int) -> bool:
+        """Whether this order waited for room; it does no more."""
+        before = len(self._waiting)
+        self._waiting = deque(pair for pair in self._waiting if pair[0] != number)
+        return len(self._waiting) < before
+
+    def let_in(self, painted: Sequence[ResidentBase]) -> None:
+        """Orders in turn, as far as there is room for their bases, beside those that are being
+        painted with, and for their adapters."""
+        while self._waiting:
+            number, order = self._waiting[0]
+            try:
+                painting = self._opened(number, order, painted)
+            except Exception as error:
+                self._say(number, told(error))
+            else:
+                if painting is None:
+                    return
+                self.loading.append(painting)
+            self._waiting.popleft()
+
+    def loaded(self) -> list[Painting]:
+        """Those whose adapters have been loaded, or could not be, go on."""
+        loaded = [painting for painting in self.loading if painting.loaded]
+        self.loading = [painting for painting in self.loading if painting not in loaded]
+        return loaded
+
+    def settle(self, painting: Painting) -> None:
+        """Give back what is not to be told apart by rows after all: the whole base wears it.
+
+        Raises what loading an adapter raised.
+        """
+        for pair in [pair for pair in painting.taken if pair[1].value.result() is None]:
+            painting.taken.remove(pair)
+            self._adapters.of(painting.base).give_back(pair[1])
+
+    def leave(self, painting: Painting) -> None:
+        """What it had in memory may make room again."""
+        if painting in self.loading:
+            self.loading.remove(painting)
+        cache = self._adapters.of(painting.base)
+        while painting.taken:
+            cache.give_back(painting.taken.pop()[1])
+
+    def _opened(
+        self, number: int, order: SampleOrder, painted: Sequence[ResidentBase]
+    ) -> Painting | None:
+        """With its base there and its adapters pinned and loading; None while there is no room."""
+        in_use = [*painted, *(painting.base for painting in self.loading)]
+        base = self._bases.get(order.base_fingerprint, order.base_folder, order.device, in_use)
+        if base is None:
+            return None
+        by_row = [file for file in order.files if acts_on_rows(file)]
+        self._adapters.check(base, by_row)
+        kept = self._adapters.take(base, by_row)
+        if kept is None:
+            return None
+        for one in kept:
+            one.value.add_done_callback(lambda _: self._wake())
+        taken = list(zip(by_row, kept, strict=True))
+        return Painting(number, order, base, taken, alone=order.alone)
