@@ -3,6 +3,7 @@
 import contextlib
 import queue
 import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from tempfile import mkdtemp
@@ -24,6 +25,8 @@ LIBRARY_WARNINGS = [
     # It picks another active adapter when one is deleted; which are active is set before each use.
     pytest.mark.filterwarnings("ignore:Adapter .* was active which is now deleted:UserWarning"),
 ]
+
+STALLED_SECONDS = 20.0  # nothing that orders of tests wait for takes as long
 
 UNET = ("to_q", "to_k", "to_v", "to_out.0")
 TEXT_ENCODER = ("q_proj", "k_proj", "v_proj", "out_proj")
@@ -150,13 +153,17 @@ class Orders:
         return self._number
 
     def until(self, *numbers: int) -> list[dict[str, Any]]:
-        """How these orders ended, in this order."""
+        """How these orders ended, in this order.
+
+        As in process.py, an engine that had nothing to do has no other turn until it is woken.
+        """
         ends: dict[int, dict[str, Any]] = {}
+        busy, heard = True, time.monotonic()
         while not set(numbers) <= ends.keys():
-            self._woken.clear()
-            busy = self.engine.turn()
-            if not busy:
-                self._woken.wait(0.05)
+            if busy or self._woken.wait(0.05):
+                self._woken.clear()
+                busy, heard = self.engine.turn(), time.monotonic()
+            assert time.monotonic() - heard < STALLED_SECONDS, "nobody wakes the engine"
             self.collect()
             ends = {a["number"]: a for a in self.told if a["type"] not in ("begun", "progress")}
         return [ends[number] for number in numbers]

@@ -67,12 +67,14 @@ class Entrance:
             self._adapters.of(painting.base).give_back(pair[1])
 
     def leave(self, painting: Painting) -> None:
-        """What it had in memory may make room again."""
+        """What it had in memory may make room again, for an order of which it was said that there
+        is none: it is let in at the next turn."""
         if painting in self.loading:
             self.loading.remove(painting)
         cache = self._adapters.of(painting.base)
         while painting.taken:
             cache.give_back(painting.taken.pop()[1])
+        self._wake()
 
     def _opened(
         self, number: int, order: SampleOrder, painted: Sequence[ResidentBase]

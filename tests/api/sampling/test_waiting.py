@@ -1,0 +1,78 @@
+"""Orders that wait for room in memory: who comes in when, and what those who wait are told."""
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lookalike_api.sampling import loading
+from lookalike_api.sampling.messages import AdapterFile
+from support_sampling import LIBRARY_WARNINGS, Orders, engine_of, save_adapter
+
+pytestmark = LIBRARY_WARNINGS
+
+
+@pytest.fixture(scope="module")
+def files(base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[AdapterFile]:
+    """Adapters of one size."""
+    folder = tmp_path_factory.mktemp("adapters")
+    made = []
+    for number, name in enumerate("abcd"):
+        path = folder / f"{name}.safetensors"
+        digest = save_adapter(path, base_folder, number)
+        made.append(AdapterFile(f"{name}@1", digest, path, 1.0))
+    return made
+
+
+@pytest.fixture(scope="module")
+def size(base_folder: Path, files: list[AdapterFile]) -> int:
+    """Bytes of one of them in memory."""
+    roomy = engine_of(base_folder)
+    roomy.paint(adapters=(files[0],))
+    return roomy.engine.adapters.host.held
+
+
+@pytest.fixture
+def narrow(base_folder: Path, size: int) -> Callable[[int], Orders]:
+    """An engine with room for so many of them."""
+    return lambda adapters: engine_of(base_folder, adapters * size)
+
+
+def damaged(file: AdapterFile, folder: Path) -> AdapterFile:
+    data = bytearray(file.path.read_bytes())
+    data[-2] ^= 1
+    path = folder / "damaged.safetensors"
+    path.write_bytes(data)
+    return AdapterFile("damaged@1", file.digest, path, 1.0)
+
+
+@pytest.fixture
+def gate(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Damaged files are read when it opens."""
+    opened = threading.Event()
+    digest = loading.sha256_file
+
+    def read(path: Path) -> Any:
+        assert "damaged" not in path.name or opened.wait(20)
+        return digest(path)
+
+    monkeypatch.setattr(loading, "sha256_file", read)
+    return opened
+
+
+def test_who_waits_for_room_comes_in_when_one_before_could_not_be_loaded(
+    narrow: Callable[[int], Orders],
+    files: list[AdapterFile],
+    tmp_path: Path,
+    gate: threading.Event,
+) -> None:
+    engine = narrow(2)
+    a, b, c, d = files
+    refused = engine.send(adapters=(a, damaged(b, tmp_path)))
+    waits = engine.send(adapters=(c, d))
+    engine.engine.turn()  # a is there, and there is no room for c and d
+    gate.set()
+    ends = engine.until(refused, waits)
+    assert [end["type"] for end in ends] == ["error", "done"]
