@@ -129,7 +129,6 @@ class Engine:
 
     def _next(self) -> Group | None:
         """The group whose last turn is longest ago, of those for which nothing is to be changed."""
-        self._groups = {key: group for key, group in self._groups.items() if group.batches}
         groups = sorted(self._groups.values(), key=lambda group: group.served)
         ready = [group for group in groups if group.base.worn == group.worn]
         if ready and (len(ready) == len(groups) or self._stretch < STRETCH):
@@ -227,17 +226,16 @@ class Engine:
 
     def _finish(self, painting: Painting) -> None:
         pictures = [picture for batch in painting.batches for picture in batch.pictures]
-        order, warnings = painting.order, painting.warnings
+        number, order, warnings = painting.number, painting.order, painting.warnings
         self._leave(painting)
 
         def write() -> None:
             try:
                 images = save(pictures, order)
             except Exception as error:
-                self._say(painting.number, told(error))
+                self._say(number, told(error))
             else:
-                done = {"type": "done", "images": images, "warnings": warnings}
-                self._say(painting.number, done)
+                self._say(number, {"type": "done", "images": images, "warnings": warnings})
 
         self._writer.submit(write)
 
@@ -257,6 +255,8 @@ class Engine:
         for group in self._groups.values():
             group.acting = [batch for batch in group.acting if batch.painting is not painting]
             group.waiting = deque(b for b in group.waiting if b.painting is not painting)
+        # One that is left empty would keep its base in memory when another is to take its place.
+        self._groups = {key: group for key, group in self._groups.items() if group.batches}
 
 
 def _decoded(base: ResidentBase, batches: list[Batch]) -> None:

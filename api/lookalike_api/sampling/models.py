@@ -1,5 +1,6 @@
 """Base models kept in memory, the most recently used ones. Imports torch."""
 
+import gc
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -49,6 +50,8 @@ class ResidentBases:
                 del self._bases[other]
             if len(self._bases) >= MAX_BASES:
                 return None
+            # The one before is gone now, not later: paintings and batches hold each other, and it.
+            gc.collect()
             self._bases[key] = ResidentBase(folder, device, fingerprint, self._cache)
         self._bases.move_to_end(key)
         return self._bases[key]

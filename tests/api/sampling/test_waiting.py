@@ -1,13 +1,15 @@
 """Orders that wait for room in memory: who comes in when, and what those who wait are told."""
 
+import gc
 import threading
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from lookalike_api.sampling import loading
+from lookalike_api.sampling import loading, models
 from lookalike_api.sampling.messages import AdapterFile
 from support_sampling import LIBRARY_WARNINGS, Orders, engine_of, save_adapter
 
@@ -76,3 +78,28 @@ def test_who_waits_for_room_comes_in_when_one_before_could_not_be_loaded(
     gate.set()
     ends = engine.until(refused, waits)
     assert [end["type"] for end in ends] == ["error", "done"]
+
+
+def test_a_third_base_loads_when_the_one_it_replaces_has_left_memory(
+    base_folder: Path, files: list[AdapterFile], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bases: weakref.WeakSet[Any] = weakref.WeakSet()
+    before: list[int] = []
+
+    class Watched(models.ResidentBase):
+        def __init__(self, *told: Any) -> None:
+            before.append(len(bases))
+            bases.add(self)
+            super().__init__(*told)
+
+    monkeypatch.setattr(models, "ResidentBase", Watched)
+    engine = engine_of(base_folder)
+    gc.disable()
+    try:
+        engine.until(engine.send(base_fingerprint="1", adapters=files[:1]))
+        first = engine.send(base_fingerprint="1")
+        others = [engine.send(base_fingerprint=name, steps=8) for name in "23"]
+        engine.until(first, *others)
+    finally:
+        gc.enable()
+    assert before == [0, 1, 1]
