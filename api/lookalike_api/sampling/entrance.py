@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from lookalike_api.sampling.ends import told
-from lookalike_api.sampling.loading import Adapters, acts_on_rows
+from lookalike_api.sampling.loading import Adapters, acts_on_rows, named
 from lookalike_api.sampling.messages import SampleOrder
 from lookalike_api.sampling.models import ResidentBase, ResidentBases
 from lookalike_api.sampling.painting import Painting
@@ -60,11 +60,12 @@ class Entrance:
     def settle(self, painting: Painting) -> None:
         """Give back what is not to be told apart by rows after all: the whole base wears it.
 
-        Raises what loading an adapter raised.
+        Raises what loading an adapter raised, with the name that this order has for it.
         """
-        for pair in [pair for pair in painting.taken if pair[1].value.result() is None]:
-            painting.taken.remove(pair)
-            self._adapters.of(painting.base).give_back(pair[1])
+        for file, kept in list(painting.taken):
+            if named(file, kept.value.result) is None:
+                painting.taken.remove((file, kept))
+                self._adapters.of(painting.base).give_back(kept)
 
     def leave(self, painting: Painting) -> None:
         """What it had in memory may make room again, for an order of which it was said that there

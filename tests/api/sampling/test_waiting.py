@@ -4,6 +4,7 @@ import gc
 import threading
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -103,3 +104,21 @@ def test_a_third_base_loads_when_the_one_it_replaces_has_left_memory(
     finally:
         gc.enable()
     assert before == [0, 1, 1]
+
+
+def test_who_shares_a_file_that_cannot_be_loaded_is_told_of_its_own_name_alone(
+    narrow: Callable[[int], Orders],
+    files: list[AdapterFile],
+    tmp_path: Path,
+    gate: threading.Event,
+) -> None:
+    engine = narrow(1)
+    theirs = damaged(files[0], tmp_path)
+    mine = replace(theirs, ref="mine@2")
+    numbers = [engine.send(adapters=(file,)) for file in (theirs, mine)]
+    engine.engine.turn()
+    gate.set()
+    told = [end["problem"]["detail"] for end in engine.until(*numbers)]
+    assert [detail.partition(":")[0] for detail in told] == ["damaged@1", "mine@2"]
+    assert not any("damaged@1" in detail for detail in told[1:])
+    assert engine.engine.adapters.host.counts.loads == 1
