@@ -10,7 +10,6 @@ take turns. To change what a whole base wears takes time, so that it happens onl
 turns, if others wait for it.
 """
 
-import time
 from collections import deque
 from collections.abc import Callable, Hashable
 from concurrent.futures import ThreadPoolExecutor
@@ -20,8 +19,8 @@ from typing import Any
 
 import torch
 
-from lookalike_api.sampling.ends import CANCELED, told
-from lookalike_api.sampling.entrance import Entrance, Say
+from lookalike_api.sampling.ends import CANCELED, TOO_LATE, told
+from lookalike_api.sampling.entrance import Entrance, Say, Waiting
 from lookalike_api.sampling.loading import Adapters
 from lookalike_api.sampling.messages import AdapterFile, SampleOrder
 from lookalike_api.sampling.models import ResidentBase, ResidentBases
@@ -30,8 +29,6 @@ from lookalike_api.sampling.parts import same_depth
 from lookalike_api.sampling.pictures import save
 from lookalike_platform.conditioning import Text, predict
 from lookalike_platform.diffusion import decode
-from lookalike_platform.errors import LookalikeError
-from lookalike_platform.jobs.reaper import LATE
 
 # Pictures made at once hold about this many pixels: 16 of 256 x 256, or 4 of 512 x 512.
 BATCH_PIXELS = 2**20
@@ -77,14 +74,11 @@ class Engine:
 
     def cancel(self, number: int) -> None:
         """Between two steps; harmless for an order that is at its end."""
-        if self._entrance.drop(number):
-            self._say(number, CANCELED)
-        for painting in [*self._entrance.loading, *self._painted()]:
-            if painting.number == number:
-                self._end(painting, CANCELED)
+        self._give_up(lambda one: one.number == number, CANCELED)
 
     def turn(self) -> bool:
         """One step of one group; whether there was anything to do."""
+        self._give_up(lambda one: one.late, TOO_LATE)
         self._entrance.let_in([painting.base for painting in self._painted()])
         self._group_loaded()
         group = self._next()
@@ -111,6 +105,13 @@ class Engine:
         # Asked from any thread: a list of the groups is made at once.
         batches = [batch for group in list(self._groups.values()) for batch in group.acting]
         return len({batch.painting for batch in batches})
+
+    def _give_up(self, which: Callable[[Waiting | Painting], bool], answer: dict[str, Any]) -> None:
+        """Wherever they are on their way."""
+        for one in self._entrance.drop(which):
+            self._say(one.number, answer)
+        for painting in filter(which, [*self._entrance.loading, *self._painted()]):
+            self._end(painting, answer)
 
     def _group_loaded(self) -> None:
         for painting in self._entrance.loaded():
@@ -146,9 +147,10 @@ class Engine:
                 break
             group.waiting.popleft()
             painting = batch.painting
+            if painting.late:  # since the turn began: to load a base takes time
+                self._end(painting, TOO_LATE)
+                continue
             try:
-                if not any(other.walk for other in painting.batches):
-                    _check_deadline(painting.order)
                 with torch.inference_mode():
                     painting.begin(batch)
             except Exception as error:
@@ -280,8 +282,3 @@ def _told_by(base: ResidentBase, asked: list[Asked]) -> list[torch.Tensor]:
             Text.cat(same_depth([one.text for one in rows])),
         ).split([len(one.seen) for one in rows])
     return said
-
-
-def _check_deadline(order: SampleOrder) -> None:
-    if order.deadline is not None and time.time() > order.deadline:
-        raise LookalikeError(LATE)

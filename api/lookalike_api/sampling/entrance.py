@@ -2,6 +2,7 @@
 
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from lookalike_api.sampling.ends import told
@@ -14,6 +15,18 @@ Say = Callable[[int, dict[str, Any]], None]
 """Called with an order's number and what is to be said of it; see messages.py. From any thread."""
 
 
+@dataclass(eq=False)
+class Waiting:
+    """An order that has nothing in memory yet."""
+
+    number: int
+    order: SampleOrder
+
+    @property
+    def late(self) -> bool:
+        return self.order.late
+
+
 class Entrance:
     """Orders that wait for room in memory, and those that have it, whose adapters load.
 
@@ -24,27 +37,27 @@ class Entrance:
         self, bases: ResidentBases, adapters: Adapters, say: Say, wake: Callable[[], None]
     ) -> None:
         self._bases, self._adapters, self._say, self._wake = bases, adapters, say, wake
-        self._waiting: deque[tuple[int, SampleOrder]] = deque()
+        self._waiting: deque[Waiting] = deque()
         self.loading: list[Painting] = []
 
     def accept(self, number: int, order: SampleOrder) -> None:
-        self._waiting.append((number, order))
+        self._waiting.append(Waiting(number, order))
 
-    def drop(self, number: int) -> bool:
-        """Whether this order waited for room; it does no more."""
-        before = len(self._waiting)
-        self._waiting = deque(pair for pair in self._waiting if pair[0] != number)
-        return len(self._waiting) < before
+    def drop(self, which: Callable[[Waiting], bool]) -> list[Waiting]:
+        """Those that wait for room no more."""
+        dropped = [one for one in self._waiting if which(one)]
+        self._waiting = deque(one for one in self._waiting if one not in dropped)
+        return dropped
 
     def let_in(self, painted: Sequence[ResidentBase]) -> None:
         """Orders in turn, as far as there is room for their bases, beside those that are being
         painted with, and for their adapters."""
         while self._waiting:
-            number, order = self._waiting[0]
+            one = self._waiting[0]
             try:
-                painting = self._opened(number, order, painted)
+                painting = self._opened(one, painted)
             except Exception as error:
-                self._say(number, told(error))
+                self._say(one.number, told(error))
             else:
                 if painting is None:
                     return
@@ -77,10 +90,9 @@ class Entrance:
             cache.give_back(painting.taken.pop()[1])
         self._wake()
 
-    def _opened(
-        self, number: int, order: SampleOrder, painted: Sequence[ResidentBase]
-    ) -> Painting | None:
+    def _opened(self, one: Waiting, painted: Sequence[ResidentBase]) -> Painting | None:
         """With its base there and its adapters pinned and loading; None while there is no room."""
+        order = one.order
         in_use = [*painted, *(painting.base for painting in self.loading)]
         base = self._bases.get(order.base_fingerprint, order.base_folder, order.device, in_use)
         if base is None:
@@ -90,7 +102,7 @@ class Entrance:
         kept = self._adapters.take(base, by_row)
         if kept is None:
             return None
-        for one in kept:
-            one.value.add_done_callback(lambda _: self._wake())
+        for each in kept:
+            each.value.add_done_callback(lambda _: self._wake())
         taken = list(zip(by_row, kept, strict=True))
-        return Painting(number, order, base, taken, alone=order.alone)
+        return Painting(one.number, order, base, taken, alone=order.alone)

@@ -16,6 +16,7 @@ each end of an order. The end of standard input means that the service is gone, 
 process.
 """
 
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -90,6 +91,11 @@ class SampleOrder:
     mask_image: Path | None = None
     regions: tuple[Region, ...] = ()
     compose: str = "attention"
+
+    @property
+    def late(self) -> bool:
+        """Whether it is no longer to be begun."""
+        return self.deadline is not None and time.time() > self.deadline
 
     @property
     def files(self) -> list[AdapterFile]:

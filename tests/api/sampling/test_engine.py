@@ -296,7 +296,7 @@ def test_pictures_that_cannot_be_decoded_end_their_own_order_alone(
 def test_the_deadline_does_not_end_what_has_begun(
     base: Orders, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lookalike_api.sampling import engine
+    from lookalike_api.sampling import engine, messages
 
     monkeypatch.setattr(engine, "BATCH_PIXELS", 64 * 64)
     base.told.clear()
@@ -305,7 +305,7 @@ def test_the_deadline_does_not_end_what_has_begun(
         base.engine.turn()
         base.collect()
     # The engine's own clock: servers in other threads go by the real one.
-    monkeypatch.setattr(engine, "time", SimpleNamespace(time=lambda: float("inf")))
+    monkeypatch.setattr(messages, "time", SimpleNamespace(time=lambda: float("inf")))
     assert len(base.pictures(number)) == 2
 
 

@@ -2,15 +2,18 @@
 
 import gc
 import threading
+import time
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from lookalike_api.sampling import loading, models
+from lookalike_api.sampling import engine as engine_module
+from lookalike_api.sampling import loading, messages, models
 from lookalike_api.sampling.messages import AdapterFile
 from support_sampling import LIBRARY_WARNINGS, Orders, engine_of, save_adapter
 
@@ -122,3 +125,34 @@ def test_who_shares_a_file_that_cannot_be_loaded_is_told_of_its_own_name_alone(
     assert [detail.partition(":")[0] for detail in told] == ["damaged@1", "mine@2"]
     assert not any("damaged@1" in detail for detail in told[1:])
     assert engine.engine.adapters.host.counts.loads == 1
+
+
+def test_a_deadline_that_passes_is_told_at_the_next_turn_wherever_the_order_waits(
+    narrow: Callable[[int], Orders],
+    files: list[AdapterFile],
+    tmp_path: Path,
+    gate: threading.Event,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    engine = narrow(3)
+    a, b, *others = files
+    monkeypatch.setattr(engine_module, "BATCH_PIXELS", 64 * 64)
+    deadline = time.time() + 3600
+    begun = engine.send(adapters=(a,), steps=12, deadline=deadline)
+    while not any(told["type"] == "progress" for told in engine.told):
+        engine.engine.turn()
+        engine.collect()
+    in_a_group = engine.send(adapters=(a,), deadline=deadline)
+    loading = engine.send(adapters=(damaged(b, tmp_path),), deadline=deadline)
+    for_room = engine.send(adapters=tuple(others), deadline=deadline)
+    engine.engine.turn()
+    monkeypatch.setattr(messages, "time", SimpleNamespace(time=lambda: deadline + 1))
+    engine.engine.turn()
+    engine.collect()
+    late = [told for told in engine.told if told["type"] == "error"]
+    assert {told["number"] for told in late} == {in_a_group, loading, for_room}
+    assert {"deadline" in told["problem"]["detail"] for told in late} == {True}
+    assert engine.engine.adapters.host.pinned == [(a.digest, str(engine.base))]
+    gate.set()
+    (end,) = engine.until(begun)
+    assert end["type"] == "done"
