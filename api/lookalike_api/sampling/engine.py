@@ -163,8 +163,8 @@ class Engine:
         group.acting.sort(key=lambda batch: outfits.index(batch.parts[0].outfit))
 
     def _step(self, group: Group) -> None:
-        asked = [batch.asked() for batch in group.acting]
-        try:
+        try:  # asking takes memory too, and leaves the walks where they stand
+            asked = [batch.asked() for batch in group.acting]
             said = iter(_told_by(group.base, [one for parts in asked for one in parts]))
         except Exception as error:
             self._apart(group, error)
