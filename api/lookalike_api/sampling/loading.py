@@ -67,9 +67,12 @@ class Adapters:
         for cache in {id(self.host): self.host, id(self.of(base)): self.of(base)}.values():
             cache.check(sources)
 
-    def take(self, base: Any, files: Sequence[AdapterFile]) -> list[Kept[RowAdapter | None]] | None:
+    def take(
+        self, base: Any, files: Sequence[AdapterFile], *, only_there: bool = False
+    ) -> list[Kept[RowAdapter | None]] | None:
         """All of them pinned, or None for as long as there is no room; see cache.py."""
-        return self.of(base).take([(key_of(file, base), Wanted(file, base)) for file in files])
+        wanted = [(key_of(file, base), Wanted(file, base)) for file in files]
+        return self.of(base).take(wanted, only_there=only_there)
 
     def _copy(self, wanted: Wanted) -> RowAdapter | None:
         taken = self.host.take([(key_of(wanted.file, wanted.base), wanted)])

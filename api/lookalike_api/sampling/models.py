@@ -39,11 +39,20 @@ class ResidentBases:
             base.edits.put_on([])
 
     def get(
-        self, fingerprint: str, folder: Path, device: str, in_use: Sequence["ResidentBase"] = ()
+        self,
+        fingerprint: str,
+        folder: Path,
+        device: str,
+        in_use: Sequence["ResidentBase"] = (),
+        *,
+        only_there: bool = False,
     ) -> "ResidentBase | None":
-        """The base, loaded if it is not there; None while those in use leave no room for it."""
+        """The base, loaded if it is not there, unless `only_there`; None while those in use leave
+        no room for it."""
         key = (fingerprint, device)
         if key not in self._bases:
+            if only_there:
+                return None
             for other in [k for k, base in self._bases.items() if base not in in_use]:
                 if len(self._bases) < MAX_BASES:
                     break

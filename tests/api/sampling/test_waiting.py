@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from lookalike_api.sampling import engine as engine_module
-from lookalike_api.sampling import loading, messages, models
+from lookalike_api.sampling import entrance, loading, messages, models
 from lookalike_api.sampling.messages import AdapterFile
 from support_sampling import LIBRARY_WARNINGS, Orders, engine_of, save_adapter
 
@@ -156,3 +156,47 @@ def test_a_deadline_that_passes_is_told_at_the_next_turn_wherever_the_order_wait
     gate.set()
     (end,) = engine.until(begun)
     assert end["type"] == "done"
+
+
+def busy_with(engine: Orders, file: AdapterFile) -> int:
+    """A long order, in its first steps."""
+    long = engine.send(adapters=(file,), steps=60)
+    while not any(told["number"] == long for told in engine.told):
+        engine.engine.turn()
+        engine.collect()
+    return long
+
+
+def test_who_needs_only_what_is_there_passes_who_waits_for_room_and_evicts_nothing(
+    narrow: Callable[[int], Orders], files: list[AdapterFile]
+) -> None:
+    engine = narrow(3)
+    a, b, c, d = files
+    engine.paint(adapters=(b,))
+    long = busy_with(engine, a)
+    head = engine.send(adapters=(b, c, d))
+    waits_too = engine.send(adapters=(c,))
+    with_one_that_is_there = engine.send(adapters=(b,))
+    bare = engine.send()
+    other_base = engine.send(base_fingerprint="other")
+    engine.until(with_one_that_is_there, bare)
+    ended = {told["number"] for told in engine.told if told["type"] == "done"}
+    assert not ended & {long, head, waits_too, other_base}
+    assert engine.engine.adapters.host.counts.evictions == 0
+    assert engine.engine.adapters.host.pinned == [(a.digest, str(engine.base))]
+    engine.until(long, head, waits_too, other_base)
+    assert engine.engine.adapters.host.pinned == []
+
+
+def test_who_waits_for_room_is_passed_so_often_and_no_more(
+    narrow: Callable[[int], Orders], files: list[AdapterFile], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(entrance, "PASSES", 2)
+    engine = narrow(3)
+    a, *others = files
+    busy_with(engine, a)
+    head = engine.send(adapters=tuple(others))
+    passing = [engine.send(adapters=(a,)) for _ in range(4)]
+    engine.until(head, *passing)
+    begun = [told["number"] for told in engine.told if told["type"] == "begun"]
+    assert begun[1:] == [*passing[:2], head, *passing[2:]]
