@@ -108,7 +108,7 @@ def _random_lora(model: Any, shape: LoraShape, seed: int) -> dict[str, Any]:
 class Orders:
     """An engine, and what it said of the orders it was given; numbers count from 0."""
 
-    def __init__(self, base: Path, adapter_bytes: int) -> None:
+    def __init__(self, base: Path, adapter_bytes: int, batch_pixels: int) -> None:
         from lookalike_api.sampling.engine import Engine
         from lookalike_api.sampling.loading import Adapters
         from lookalike_api.sampling.models import ResidentBases
@@ -123,6 +123,7 @@ class Orders:
             Adapters(adapter_bytes, adapter_bytes),
             lambda number, answer: self._said.put({"number": number, **answer}),
             self._woken.set,
+            batch_pixels,
         )
         self._number = -1
 
@@ -188,5 +189,5 @@ class Orders:
         return self.pictures(self.send(**wanted))
 
 
-def engine_of(base: Path, adapter_bytes: int = 2**30) -> Orders:
-    return Orders(base, adapter_bytes)
+def engine_of(base: Path, adapter_bytes: int = 2**30, batch_pixels: int = 2**20) -> Orders:
+    return Orders(base, adapter_bytes, batch_pixels)

@@ -30,8 +30,6 @@ from lookalike_api.sampling.pictures import save
 from lookalike_platform.conditioning import Text, predict
 from lookalike_platform.diffusion import decode
 
-# Pictures made at once hold about this many pixels: 16 of 256 x 256, or 4 of 512 x 512.
-BATCH_PIXELS = 2**20
 STRETCH = 32
 
 
@@ -57,11 +55,19 @@ class Engine:
     All of it in one thread, except that adapters load and files are written beside it.
 
     wake: called, from any thread, when there may be something to do again.
+    batch_pixels: of the pictures that one call of the denoiser serves; the pictures of an order are
+        split into batches of so many, and one picture that is larger has a batch of its own
     """
 
     def __init__(
-        self, bases: ResidentBases, adapters: Adapters, say: Say, wake: Callable[[], None]
+        self,
+        bases: ResidentBases,
+        adapters: Adapters,
+        say: Say,
+        wake: Callable[[], None],
+        batch_pixels: int,
     ) -> None:
+        self._batch_pixels = batch_pixels
         self._bases, self.adapters, self._say = bases, adapters, say
         self._entrance = Entrance(bases, adapters, say, wake)
         self._groups: dict[Hashable, Group] = {}
@@ -117,7 +123,7 @@ class Engine:
         for painting in self._entrance.loaded():
             try:
                 self._entrance.settle(painting)
-                painting.split(BATCH_PIXELS)
+                painting.split(self._batch_pixels)
             except Exception as error:
                 self._end(painting, told(error))
             else:
@@ -143,7 +149,7 @@ class Engine:
         while group.waiting:
             pixels = sum(batch.pixels for batch in group.acting)
             batch = group.waiting[0]
-            if group.acting and pixels + batch.pixels > BATCH_PIXELS:
+            if group.acting and pixels + batch.pixels > self._batch_pixels:
                 break
             group.waiting.popleft()
             painting = batch.painting

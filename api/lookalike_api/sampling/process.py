@@ -26,6 +26,7 @@ def main() -> None:
     inbox: Inbox = queue.SimpleQueue()
     threading.Thread(target=_listen, args=(inbox,), daemon=True).start()
 
+    from lookalike_api.sampling.batch_size import batch_pixels
     from lookalike_api.sampling.engine import Engine
     from lookalike_api.sampling.loading import Adapters
     from lookalike_api.sampling.models import ResidentBases
@@ -41,7 +42,8 @@ def main() -> None:
         speak({"number": number, **answer})
 
     bases = ResidentBases(settings.cache)
-    engine = Engine(bases, adapters, say, lambda: inbox.put(None))
+    pixels = settings.batch_pixels or batch_pixels(settings.device)
+    engine = Engine(bases, adapters, say, lambda: inbox.put(None), pixels)
     busy = False
     while True:
         for message in _taken(inbox, wait=not busy):

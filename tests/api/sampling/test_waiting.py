@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 
-from lookalike_api.sampling import engine as engine_module
 from lookalike_api.sampling import entrance, loading, messages, models
 from lookalike_api.sampling.messages import AdapterFile
 from support_sampling import LIBRARY_WARNINGS, Orders, engine_of, save_adapter
@@ -128,15 +127,15 @@ def test_who_shares_a_file_that_cannot_be_loaded_is_told_of_its_own_name_alone(
 
 
 def test_a_deadline_that_passes_is_told_at_the_next_turn_wherever_the_order_waits(
-    narrow: Callable[[int], Orders],
+    base_folder: Path,
+    size: int,
     files: list[AdapterFile],
     tmp_path: Path,
     gate: threading.Event,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    engine = narrow(3)
+    engine = engine_of(base_folder, 3 * size, batch_pixels=64 * 64)
     a, b, *others = files
-    monkeypatch.setattr(engine_module, "BATCH_PIXELS", 64 * 64)
     deadline = time.time() + 3600
     begun = engine.send(adapters=(a,), steps=12, deadline=deadline)
     while not any(told["type"] == "progress" for told in engine.told):
