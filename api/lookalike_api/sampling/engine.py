@@ -162,8 +162,8 @@ class Engine:
             except Exception as error:
                 self._end(painting, told(error))
                 continue
-            self._say(painting.number, {"type": "begun"})
             group.acting.append(batch)
+            self._say(painting.number, {"type": "begun"})
         # Rows that wear the same stand together.
         outfits = [batch.parts[0].outfit for batch in group.acting]
         group.acting.sort(key=lambda batch: outfits.index(batch.parts[0].outfit))

@@ -11,9 +11,9 @@
                         {"number", "type": "metrics", "figures"}
 
 Orders are numbered from 1 and carried out together; what is said is of the order of that number.
-"metrics" are figures of the process as a whole, by their names in `metrics.py`, and come after
-each end of an order. The end of standard input means that the service is gone, and ends the
-process.
+"metrics" are figures of the process as a whole, by their names in `metrics.py`, and come as orders
+begin and end, and once a second meanwhile. The end of standard input means that the service is
+gone, and ends the process.
 """
 
 import time

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any, TextIO
 
 from lookalike_api.sampling.messages import SampleOrder
-from lookalike_api.sampling.metrics import figures
+from lookalike_api.sampling.metrics import Pace, figures
 from lookalike_platform.settings import get_settings
 
 Inbox = queue.SimpleQueue[dict[str, Any] | None]
@@ -34,9 +34,10 @@ def main() -> None:
     settings = get_settings()
     adapters = Adapters(settings.adapter_host_bytes, settings.adapter_device_bytes)
     speak = _speaker(answers)
+    pace = Pace()
 
     def say(number: int, answer: dict[str, Any]) -> None:
-        if answer["type"] not in ("begun", "progress"):
+        if pace.due(answer):
             told = figures(adapters, engine.active)
             speak({"number": number, "type": "metrics", "figures": told})
         speak({"number": number, **answer})
