@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from lookalike_api.sampling.batch_size import batch_pixels
 from lookalike_api.sampling.engine import Engine
 from lookalike_api.sampling.loading import Adapters
 from lookalike_api.sampling.messages import AdapterFile, SampleOrder
@@ -60,7 +61,9 @@ class Painter:
         assert resident is not None
         self.resident: ResidentBase = resident
         self.adapters = Adapters(adapter_bytes, adapter_bytes)
-        self.engine = Engine(bases, self.adapters, self._hear, self._woken.set)
+        self.engine = Engine(
+            bases, self.adapters, self._hear, self._woken.set, batch_pixels("auto")
+        )
         self._sent = 0
 
     def send(self, worn: Sequence[AdapterFile] = (), **other: Any) -> int:

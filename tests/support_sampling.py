@@ -3,6 +3,7 @@
 import contextlib
 import queue
 import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from tempfile import mkdtemp
@@ -24,6 +25,8 @@ LIBRARY_WARNINGS = [
     # It picks another active adapter when one is deleted; which are active is set before each use.
     pytest.mark.filterwarnings("ignore:Adapter .* was active which is now deleted:UserWarning"),
 ]
+
+STALLED_SECONDS = 20.0  # nothing that orders of tests wait for takes as long
 
 UNET = ("to_q", "to_k", "to_v", "to_out.0")
 TEXT_ENCODER = ("q_proj", "k_proj", "v_proj", "out_proj")
@@ -105,7 +108,7 @@ def _random_lora(model: Any, shape: LoraShape, seed: int) -> dict[str, Any]:
 class Orders:
     """An engine, and what it said of the orders it was given; numbers count from 0."""
 
-    def __init__(self, base: Path, adapter_bytes: int) -> None:
+    def __init__(self, base: Path, adapter_bytes: int, batch_pixels: int) -> None:
         from lookalike_api.sampling.engine import Engine
         from lookalike_api.sampling.loading import Adapters
         from lookalike_api.sampling.models import ResidentBases
@@ -120,6 +123,7 @@ class Orders:
             Adapters(adapter_bytes, adapter_bytes),
             lambda number, answer: self._said.put({"number": number, **answer}),
             self._woken.set,
+            batch_pixels,
         )
         self._number = -1
 
@@ -150,13 +154,17 @@ class Orders:
         return self._number
 
     def until(self, *numbers: int) -> list[dict[str, Any]]:
-        """How these orders ended, in this order."""
+        """How these orders ended, in this order.
+
+        As in process.py, an engine that had nothing to do has no other turn until it is woken.
+        """
         ends: dict[int, dict[str, Any]] = {}
+        busy, heard = True, time.monotonic()
         while not set(numbers) <= ends.keys():
-            self._woken.clear()
-            busy = self.engine.turn()
-            if not busy:
-                self._woken.wait(0.05)
+            if busy or self._woken.wait(0.05):
+                self._woken.clear()
+                busy, heard = self.engine.turn(), time.monotonic()
+            assert time.monotonic() - heard < STALLED_SECONDS, "nobody wakes the engine"
             self.collect()
             ends = {a["number"]: a for a in self.told if a["type"] not in ("begun", "progress")}
         return [ends[number] for number in numbers]
@@ -181,5 +189,5 @@ class Orders:
         return self.pictures(self.send(**wanted))
 
 
-def engine_of(base: Path, adapter_bytes: int = 2**30) -> Orders:
-    return Orders(base, adapter_bytes)
+def engine_of(base: Path, adapter_bytes: int = 2**30, batch_pixels: int = 2**20) -> Orders:
+    return Orders(base, adapter_bytes, batch_pixels)

@@ -65,6 +65,10 @@ class Settings(BaseSettings):
     """http://host:port where the sampling worker listens and the API calls it, so that a generation
     does not wait for the broker to tell. Left empty, the broker alone tells."""
 
+    batch_pixels: int | None = Field(default=None, ge=1)
+    """Pixels of pictures that one call of the denoiser serves. None: as many as the device's memory
+    is thought to hold (sampling/batch_size.py)."""
+
     max_queued: int = Field(default=1000, ge=1)
     max_queued_per_owner: int = Field(default=200, ge=1)
     """Generations that may wait; one more is refused, with when to come again."""

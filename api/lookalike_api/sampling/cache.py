@@ -69,18 +69,22 @@ class Cache(Generic[Key, Source, Value]):
                 "raise the budget in the sampler's settings."
             )
 
-    def take(self, wanted: Sequence[tuple[Key, Source]]) -> list[Kept[Value]] | None:
+    def take(
+        self, wanted: Sequence[tuple[Key, Source]], *, only_there: bool = False
+    ) -> list[Kept[Value]] | None:
         """All the values pinned, being loaded or there; none of them, and None, while what is
         pinned leaves no room for all.
 
         What `check` refuses never has any. Raises what `size` raises.
+
+        only_there: None also if a load would have to begin, for which others may have to go.
         """
         sources = dict(wanted)
         with self._lock:
             missing = {key: self.size(s) for key, s in sources.items() if key not in self._kept}
             needed = sum(missing.values())
             staying = sum(k.size for key, k in self._kept.items() if k.stays or key in sources)
-            if staying + needed > self.budget:
+            if staying + needed > self.budget or (missing and only_there):
                 return None  # nothing loads, and nothing makes room, for who cannot come in yet
             found = {key: self._kept[key] for key in sources if key not in missing}
             for key in found:

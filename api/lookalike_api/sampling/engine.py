@@ -10,8 +10,6 @@ take turns. To change what a whole base wears takes time, so that it happens onl
 turns, if others wait for it.
 """
 
-import time
-import traceback
 from collections import deque
 from collections.abc import Callable, Hashable
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +19,9 @@ from typing import Any
 
 import torch
 
-from lookalike_api.sampling.loading import Adapters, acts_on_rows
+from lookalike_api.sampling.ends import CANCELED, TOO_LATE, told
+from lookalike_api.sampling.entrance import Entrance, Say, Waiting
+from lookalike_api.sampling.loading import Adapters
 from lookalike_api.sampling.messages import AdapterFile, SampleOrder
 from lookalike_api.sampling.models import ResidentBase, ResidentBases
 from lookalike_api.sampling.painting import Asked, Batch, Painting
@@ -29,15 +29,8 @@ from lookalike_api.sampling.parts import same_depth
 from lookalike_api.sampling.pictures import save
 from lookalike_platform.conditioning import Text, predict
 from lookalike_platform.diffusion import decode
-from lookalike_platform.errors import LookalikeError
-from lookalike_platform.jobs.reaper import LATE
 
-# Pictures made at once hold about this many pixels: 16 of 256 x 256, or 4 of 512 x 512.
-BATCH_PIXELS = 2**20
 STRETCH = 32
-
-Say = Callable[[int, dict[str, Any]], None]
-"""Called with an order's number and what is to be said of it; see messages.py. From any thread."""
 
 
 @dataclass(eq=False)
@@ -62,36 +55,37 @@ class Engine:
     All of it in one thread, except that adapters load and files are written beside it.
 
     wake: called, from any thread, when there may be something to do again.
+    batch_pixels: of the pictures that one call of the denoiser serves; the pictures of an order are
+        split into batches of so many, and one picture that is larger has a batch of its own
     """
 
     def __init__(
-        self, bases: ResidentBases, adapters: Adapters, say: Say, wake: Callable[[], None]
+        self,
+        bases: ResidentBases,
+        adapters: Adapters,
+        say: Say,
+        wake: Callable[[], None],
+        batch_pixels: int,
     ) -> None:
-        self._bases, self.adapters, self._say, self._wake = bases, adapters, say, wake
-        self._orders: deque[tuple[int, SampleOrder]] = deque()
-        self._loading: list[Painting] = []
+        self._batch_pixels = batch_pixels
+        self._bases, self.adapters, self._say = bases, adapters, say
+        self._entrance = Entrance(bases, adapters, say, wake)
         self._groups: dict[Hashable, Group] = {}
         self._turns = 0
         self._stretch = 0
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="writer")
 
     def accept(self, number: int, order: SampleOrder) -> None:
-        self._orders.append((number, order))
-        self._let_in()
+        self._entrance.accept(number, order)
 
     def cancel(self, number: int) -> None:
         """Between two steps; harmless for an order that is at its end."""
-        waiting = len(self._orders)
-        self._orders = deque(pair for pair in self._orders if pair[0] != number)
-        if len(self._orders) < waiting:
-            self._say(number, {"type": "canceled"})
-        for painting in self._paintings():
-            if painting.number == number:
-                self._end(painting, {"type": "canceled"})
+        self._give_up(lambda one: one.number == number, CANCELED)
 
     def turn(self) -> bool:
         """One step of one group; whether there was anything to do."""
-        self._let_in()
+        self._give_up(lambda one: one.late, TOO_LATE)
+        self._entrance.let_in([painting.base for painting in self._painted()])
         self._group_loaded()
         group = self._next()
         if group is None:
@@ -118,52 +112,22 @@ class Engine:
         batches = [batch for group in list(self._groups.values()) for batch in group.acting]
         return len({batch.painting for batch in batches})
 
-    def _let_in(self) -> None:
-        """Orders in turn, as far as there is room in memory for their bases and adapters."""
-        while self._orders:
-            number, order = self._orders[0]
-            try:
-                painting = self._opened(number, order)
-            except Exception as error:
-                self._say(number, told(error))
-            else:
-                if painting is None:
-                    return
-                self._loading.append(painting)
-            self._orders.popleft()
-
-    def _opened(self, number: int, order: SampleOrder) -> Painting | None:
-        """With its base there and its adapters pinned and loading; None while there is no room."""
-        in_use = [painting.base for painting in self._paintings()]
-        base = self._bases.get(order.base_fingerprint, order.base_folder, order.device, in_use)
-        if base is None:
-            return None
-        by_row = [file for file in order.files if acts_on_rows(file)]
-        self.adapters.check(base, by_row)
-        kept = self.adapters.take(base, by_row)
-        if kept is None:
-            return None
-        for one in kept:
-            one.value.add_done_callback(lambda _: self._wake())
-        taken = list(zip(by_row, kept, strict=True))
-        return Painting(number, order, base, taken, alone=order.alone)
+    def _give_up(self, which: Callable[[Waiting | Painting], bool], answer: dict[str, Any]) -> None:
+        """Wherever they are on their way."""
+        for one in self._entrance.drop(which):
+            self._say(one.number, answer)
+        for painting in filter(which, [*self._entrance.loading, *self._painted()]):
+            self._end(painting, answer)
 
     def _group_loaded(self) -> None:
-        for painting in [painting for painting in self._loading if painting.loaded]:
-            self._loading.remove(painting)
+        for painting in self._entrance.loaded():
             try:
-                self._group(painting)
+                self._entrance.settle(painting)
+                painting.split(self._batch_pixels)
             except Exception as error:
                 self._end(painting, told(error))
-
-    def _group(self, painting: Painting) -> None:
-        """Raises what loading an adapter raised."""
-        whole = [pair for pair in painting.taken if pair[1].value.result() is None]
-        for pair in whole:  # not to be told apart by rows after all
-            painting.taken.remove(pair)
-            self.adapters.of(painting.base).give_back(pair[1])
-        painting.split(BATCH_PIXELS)
-        self._queue(painting)
+            else:
+                self._queue(painting)
 
     def _queue(self, painting: Painting) -> None:
         key = (painting.base, painting.kind)
@@ -172,7 +136,6 @@ class Engine:
 
     def _next(self) -> Group | None:
         """The group whose last turn is longest ago, of those for which nothing is to be changed."""
-        self._groups = {key: group for key, group in self._groups.items() if group.batches}
         groups = sorted(self._groups.values(), key=lambda group: group.served)
         ready = [group for group in groups if group.base.worn == group.worn]
         if ready and (len(ready) == len(groups) or self._stretch < STRETCH):
@@ -186,27 +149,28 @@ class Engine:
         while group.waiting:
             pixels = sum(batch.pixels for batch in group.acting)
             batch = group.waiting[0]
-            if group.acting and pixels + batch.pixels > BATCH_PIXELS:
+            if group.acting and pixels + batch.pixels > self._batch_pixels:
                 break
             group.waiting.popleft()
             painting = batch.painting
+            if painting.late:  # since the turn began: to load a base takes time
+                self._end(painting, TOO_LATE)
+                continue
             try:
-                if not any(other.walk for other in painting.batches):
-                    _check_deadline(painting.order)
                 with torch.inference_mode():
                     painting.begin(batch)
             except Exception as error:
                 self._end(painting, told(error))
                 continue
-            self._say(painting.number, {"type": "begun"})
             group.acting.append(batch)
+            self._say(painting.number, {"type": "begun"})
         # Rows that wear the same stand together.
         outfits = [batch.parts[0].outfit for batch in group.acting]
         group.acting.sort(key=lambda batch: outfits.index(batch.parts[0].outfit))
 
     def _step(self, group: Group) -> None:
-        asked = [batch.asked() for batch in group.acting]
-        try:
+        try:  # asking takes memory too, and leaves the walks where they stand
+            asked = [batch.asked() for batch in group.acting]
             said = iter(_told_by(group.base, [one for parts in asked for one in parts]))
         except Exception as error:
             self._apart(group, error)
@@ -270,42 +234,37 @@ class Engine:
 
     def _finish(self, painting: Painting) -> None:
         pictures = [picture for batch in painting.batches for picture in batch.pictures]
-        order, warnings = painting.order, painting.warnings
-        self._remove(painting)
-        self._give_back(painting)
+        number, order, warnings = painting.number, painting.order, painting.warnings
+        self._leave(painting)
 
         def write() -> None:
             try:
                 images = save(pictures, order)
             except Exception as error:
-                self._say(painting.number, told(error))
+                self._say(number, told(error))
             else:
-                done = {"type": "done", "images": images, "warnings": warnings}
-                self._say(painting.number, done)
+                self._say(number, {"type": "done", "images": images, "warnings": warnings})
 
         self._writer.submit(write)
 
     def _end(self, painting: Painting, answer: dict[str, Any]) -> None:
         """An end without pictures."""
-        self._remove(painting)
-        self._give_back(painting)
+        self._leave(painting)
         self._say(painting.number, answer)
 
-    def _paintings(self) -> set[Painting]:
-        grouped = {b.painting for group in self._groups.values() for b in group.batches}
-        return {*self._loading, *grouped}
+    def _painted(self) -> set[Painting]:
+        return {batch.painting for group in self._groups.values() for batch in group.batches}
+
+    def _leave(self, painting: Painting) -> None:
+        self._remove(painting)
+        self._entrance.leave(painting)
 
     def _remove(self, painting: Painting) -> None:
-        if painting in self._loading:
-            self._loading.remove(painting)
         for group in self._groups.values():
             group.acting = [batch for batch in group.acting if batch.painting is not painting]
             group.waiting = deque(b for b in group.waiting if b.painting is not painting)
-
-    def _give_back(self, painting: Painting) -> None:
-        cache = self.adapters.of(painting.base)
-        while painting.taken:
-            cache.give_back(painting.taken.pop()[1])
+        # One that is left empty would keep its base in memory when another is to take its place.
+        self._groups = {key: group for key, group in self._groups.items() if group.batches}
 
 
 def _decoded(base: ResidentBase, batches: list[Batch]) -> None:
@@ -329,21 +288,3 @@ def _told_by(base: ResidentBase, asked: list[Asked]) -> list[torch.Tensor]:
             Text.cat(same_depth([one.text for one in rows])),
         ).split([len(one.seen) for one in rows])
     return said
-
-
-def told(error: BaseException) -> dict[str, Any]:
-    """What is said of an order that ends with this error.
-
-    Raises what leaves a GPU unusable to the process: a new one is to take its place.
-    """
-    if isinstance(error, torch.AcceleratorError):
-        raise error
-    if isinstance(error, LookalikeError):
-        return {"type": "error", "problem": error.problem()}
-    traceback.print_exception(error)
-    return {"type": "crash", "detail": f"{type(error).__name__}: {error}"}
-
-
-def _check_deadline(order: SampleOrder) -> None:
-    if order.deadline is not None and time.time() > order.deadline:
-        raise LookalikeError(LATE)

@@ -67,9 +67,12 @@ class Adapters:
         for cache in {id(self.host): self.host, id(self.of(base)): self.of(base)}.values():
             cache.check(sources)
 
-    def take(self, base: Any, files: Sequence[AdapterFile]) -> list[Kept[RowAdapter | None]] | None:
+    def take(
+        self, base: Any, files: Sequence[AdapterFile], *, only_there: bool = False
+    ) -> list[Kept[RowAdapter | None]] | None:
         """All of them pinned, or None for as long as there is no room; see cache.py."""
-        return self.of(base).take([(key_of(file, base), Wanted(file, base)) for file in files])
+        wanted = [(key_of(file, base), Wanted(file, base)) for file in files]
+        return self.of(base).take(wanted, only_there=only_there)
 
     def _copy(self, wanted: Wanted) -> RowAdapter | None:
         taken = self.host.take([(key_of(wanted.file, wanted.base), wanted)])
@@ -88,7 +91,7 @@ def key_of(file: AdapterFile, base: Any) -> Key:
 
 def acts_on_rows(adapter: AdapterFile) -> bool:
     """Whether the file's method acts on single rows. Raises InvalidRequest for an unsound file."""
-    acts: bool = _named(adapter, lambda: rows_of(_about(adapter).method) is not None)
+    acts: bool = named(adapter, lambda: rows_of(_about(adapter).method) is not None)
     return acts
 
 
@@ -116,29 +119,36 @@ def _about(adapter: AdapterFile) -> About:
 
 def check(adapter: AdapterFile, base_folder: Path) -> None:
     """Raises InvalidRequest, with the adapter's name, unless the file is whole and fits."""
+    named(adapter, lambda: _check(adapter, base_folder))
 
-    def look() -> None:
-        if sha256_file(adapter.path) != adapter.digest:
-            raise InvalidRequest("The file is damaged: it is not what was registered.")
-        check_file(adapter.path, base_folder)
 
-    _named(adapter, look)
+def named(adapter: AdapterFile, look: Callable[[], Any]) -> Any:
+    """What `look` returns; what it raises has the adapter's name."""
+    try:
+        return look()
+    except InvalidRequest as error:
+        raise InvalidRequest(f"{adapter.ref}: {error.detail}", error.fields) from error
+    except FileNotFoundError as error:
+        raise InvalidRequest(f"{adapter.ref}: its file is gone.") from error
+
+
+def _check(adapter: AdapterFile, base_folder: Path) -> None:
+    if sha256_file(adapter.path) != adapter.digest:
+        raise InvalidRequest("The file is damaged: it is not what was registered.")
+    check_file(adapter.path, base_folder)
 
 
 def _load(wanted: Wanted) -> RowAdapter | None:
-    check(wanted.file, wanted.base.folder)
-    rows = rows_of(method_of(wanted.file.path))
+    """What it raises names no adapter: orders share it, each of which has a name of its own."""
+    file, base = wanted.file, wanted.base
+    _check(file, base.folder)
+    rows = rows_of(method_of(file.path))
     assert rows is not None
-
-    def read() -> RowAdapter | None:
-        adapter = rows(wanted.base, wanted.file.path)
-        if adapter is None:
-            return None
-        wanted.base.edits.check(adapter)
-        return adapter.to(torch.device("cpu"), wanted.base.dtype)
-
-    loaded: RowAdapter | None = _named(wanted.file, read)
-    return loaded
+    adapter = rows(base, file.path)
+    if adapter is None:
+        return None
+    base.edits.check(adapter)
+    return adapter.to(torch.device("cpu"), base.dtype)
 
 
 def _bytes(wanted: Wanted) -> int:
@@ -147,12 +157,3 @@ def _bytes(wanted: Wanted) -> int:
     about = _about(wanted.file)
     numbers = sum(count * max(least, each) for each, count in about.elements.items())
     return numbers + about.tensors * AROUND_A_TENSOR
-
-
-def _named(adapter: AdapterFile, look: Callable[[], Any]) -> Any:
-    try:
-        return look()
-    except InvalidRequest as error:
-        raise InvalidRequest(f"{adapter.ref}: {error.detail}", error.fields) from error
-    except FileNotFoundError as error:
-        raise InvalidRequest(f"{adapter.ref}: its file is gone.") from error

@@ -11,11 +11,12 @@
                         {"number", "type": "metrics", "figures"}
 
 Orders are numbered from 1 and carried out together; what is said is of the order of that number.
-"metrics" are figures of the process as a whole, by their names in `metrics.py`, and come after
-each end of an order. The end of standard input means that the service is gone, and ends the
-process.
+"metrics" are figures of the process as a whole, by their names in `metrics.py`, and come as orders
+begin and end, and once a second meanwhile. The end of standard input means that the service is
+gone, and ends the process.
 """
 
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -90,6 +91,11 @@ class SampleOrder:
     mask_image: Path | None = None
     regions: tuple[Region, ...] = ()
     compose: str = "attention"
+
+    @property
+    def late(self) -> bool:
+        """Whether it is no longer to be begun."""
+        return self.deadline is not None and time.time() > self.deadline
 
     @property
     def files(self) -> list[AdapterFile]:

@@ -1,7 +1,8 @@
 """Figures of a sampler, in the text format that Prometheus reads. Torch-free."""
 
+import time
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 HELP = {
@@ -16,6 +17,26 @@ GAUGES = {
     "pinned": "Adapters that requests need now.",
 }
 ACTIVE = "Requests in a batch now."
+CACHES = ("host", "device")
+NOTHING = {name: dict.fromkeys((*HELP, *GAUGES), 0) for name in CACHES}
+"""Of caches of which nothing has been told yet."""
+
+SECONDS = 1.0
+
+
+@dataclass
+class Pace:
+    """When figures are told: as orders begin and end, and once a second while they go on."""
+
+    _told_at: float = float("-inf")
+
+    def due(self, answer: Mapping[str, Any]) -> bool:
+        """Whether to tell them with this answer about an order."""
+        now = time.monotonic()
+        if answer["type"] == "progress" and now - self._told_at < SECONDS:
+            return False
+        self._told_at = now
+        return True
 
 
 def figures(adapters: Any, active: int) -> dict[str, Any]:
@@ -27,7 +48,7 @@ def figures(adapters: Any, active: int) -> dict[str, Any]:
             "budget_bytes": cache.budget,
             "pinned": len(cache.pinned),
         }
-        for name, cache in (("host", adapters.host), ("device", adapters.device))
+        for name, cache in zip(CACHES, (adapters.host, adapters.device), strict=True)
     }
     return {"caches": caches, "active": active}
 
@@ -41,7 +62,7 @@ def exposition(told: Mapping[str, Any]) -> str:
             lines += [f"# HELP {metric} {meaning}", f"# TYPE {metric} {kind}"]
             lines += [
                 f'{metric}{{cache="{cache}"}} {values[name]}'
-                for cache, values in told.get("caches", {}).items()
+                for cache, values in told.get("caches", NOTHING).items()
             ]
     metric = "lookalike_sampler_active_requests"
     lines += [f"# HELP {metric} {ACTIVE}", f"# TYPE {metric} gauge"]

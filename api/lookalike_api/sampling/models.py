@@ -1,5 +1,6 @@
 """Base models kept in memory, the most recently used ones. Imports torch."""
 
+import gc
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -38,17 +39,28 @@ class ResidentBases:
             base.edits.put_on([])
 
     def get(
-        self, fingerprint: str, folder: Path, device: str, in_use: Sequence["ResidentBase"] = ()
+        self,
+        fingerprint: str,
+        folder: Path,
+        device: str,
+        in_use: Sequence["ResidentBase"] = (),
+        *,
+        only_there: bool = False,
     ) -> "ResidentBase | None":
-        """The base, loaded if it is not there; None while those in use leave no room for it."""
+        """The base, loaded if it is not there, unless `only_there`; None while those in use leave
+        no room for it."""
         key = (fingerprint, device)
         if key not in self._bases:
+            if only_there:
+                return None
             for other in [k for k, base in self._bases.items() if base not in in_use]:
                 if len(self._bases) < MAX_BASES:
                     break
                 del self._bases[other]
             if len(self._bases) >= MAX_BASES:
                 return None
+            # The one before is gone now, not later: paintings and batches hold each other, and it.
+            gc.collect()
             self._bases[key] = ResidentBase(folder, device, fingerprint, self._cache)
         self._bases.move_to_end(key)
         return self._bases[key]

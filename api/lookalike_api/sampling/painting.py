@@ -41,6 +41,11 @@ class Painting:
         return all(kept.value.done() for _, kept in self.taken)
 
     @property
+    def late(self) -> bool:
+        """Past its deadline, and not begun."""
+        return self.order.late and not any(batch.walk for batch in self.batches)
+
+    @property
     def done(self) -> bool:
         return all(batch.pictures for batch in self.batches)
 

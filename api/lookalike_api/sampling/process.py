@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any, TextIO
 
 from lookalike_api.sampling.messages import SampleOrder
-from lookalike_api.sampling.metrics import figures
+from lookalike_api.sampling.metrics import Pace, figures
 from lookalike_platform.settings import get_settings
 
 Inbox = queue.SimpleQueue[dict[str, Any] | None]
@@ -26,6 +26,7 @@ def main() -> None:
     inbox: Inbox = queue.SimpleQueue()
     threading.Thread(target=_listen, args=(inbox,), daemon=True).start()
 
+    from lookalike_api.sampling.batch_size import batch_pixels
     from lookalike_api.sampling.engine import Engine
     from lookalike_api.sampling.loading import Adapters
     from lookalike_api.sampling.models import ResidentBases
@@ -33,15 +34,17 @@ def main() -> None:
     settings = get_settings()
     adapters = Adapters(settings.adapter_host_bytes, settings.adapter_device_bytes)
     speak = _speaker(answers)
+    pace = Pace()
 
     def say(number: int, answer: dict[str, Any]) -> None:
-        if answer["type"] not in ("begun", "progress"):
+        if pace.due(answer):
             told = figures(adapters, engine.active)
             speak({"number": number, "type": "metrics", "figures": told})
         speak({"number": number, **answer})
 
     bases = ResidentBases(settings.cache)
-    engine = Engine(bases, adapters, say, lambda: inbox.put(None))
+    pixels = settings.batch_pixels or batch_pixels(settings.device)
+    engine = Engine(bases, adapters, say, lambda: inbox.put(None), pixels)
     busy = False
     while True:
         for message in _taken(inbox, wait=not busy):

@@ -12,6 +12,7 @@ from diffusers import StableDiffusionPipeline
 
 from lookalike_api.sampling.loading import method_of
 from lookalike_api.sampling.messages import AdapterFile
+from lookalike_api.sampling.painting import Batch
 from lookalike_platform.conditioning import encode
 from lookalike_platform.diffusion import denoise, noise
 from lookalike_platform.files import sha256_file
@@ -272,6 +273,30 @@ def test_an_order_that_breaks_a_step_ends_alone(
     crash, *others = engine.until(*numbers)
     assert (crash["type"], "out of memory" in crash["detail"]) == ("crash", True)
     assert {end["type"] for end in others} == {"done"}
+    assert engine.engine.adapters.host.pinned == []
+
+
+@pytest.mark.usefixtures("exact")
+def test_a_batch_whose_rows_find_no_memory_goes_on_one_by_one_where_it_stood(
+    engine: Orders, loras: list[AdapterFile], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    orders = [asked(number, file) for number, file in enumerate(loras[:4])]
+    whole = ends(engine, orders)
+    calls = 0
+
+    def short(batch: Batch) -> Any:
+        nonlocal calls
+        calls += 1
+        found = rows_of(batch)
+        if calls == 2 * len(orders):  # the last one's second step
+            raise RuntimeError("out of memory")
+        return found
+
+    rows_of = Batch.asked
+    monkeypatch.setattr(Batch, "asked", short)
+    for picture, before in zip(ends(engine, orders), whole, strict=True):
+        assert abs(picture - before).max() <= 1e-3
+    assert calls > 2 * len(orders)
     assert engine.engine.adapters.host.pinned == []
 
 

@@ -172,14 +172,12 @@ def test_an_image_does_not_depend_on_its_batch_mates(base: Orders, sampler: str)
 
 
 def test_many_images_are_painted_in_batches_and_all_steps_are_counted(
-    base: Any, monkeypatch: pytest.MonkeyPatch
+    base: Orders, base_folder: Path
 ) -> None:
-    from lookalike_api.sampling import engine
-
     whole = paint(base, num_images=3, steps=2)
-    monkeypatch.setattr(engine, "BATCH_PIXELS", 2 * 64 * 64)
-    split = paint(base, num_images=3, steps=2)
-    counted = [(told["step"], told["total"]) for told in base.told if told["type"] == "progress"]
+    small = engine_of(base_folder, batch_pixels=2 * 64 * 64)
+    split = paint(small, num_images=3, steps=2)
+    counted = [(told["step"], told["total"]) for told in small.told if told["type"] == "progress"]
     assert counted == [(1, 4), (2, 4), (3, 4), (4, 4)]
     assert numpy.abs(numpy.subtract(whole, split, dtype=int)).max() <= 1
 
@@ -294,19 +292,18 @@ def test_pictures_that_cannot_be_decoded_end_their_own_order_alone(
 
 
 def test_the_deadline_does_not_end_what_has_begun(
-    base: Orders, monkeypatch: pytest.MonkeyPatch
+    base_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lookalike_api.sampling import engine
+    from lookalike_api.sampling import messages
 
-    monkeypatch.setattr(engine, "BATCH_PIXELS", 64 * 64)
-    base.told.clear()
-    number = base.send(num_images=2, deadline=time.time() + 3600)
-    while not any(answer["type"] == "begun" for answer in base.told):
-        base.engine.turn()
-        base.collect()
+    engine = engine_of(base_folder, batch_pixels=64 * 64)
+    number = engine.send(num_images=2, deadline=time.time() + 3600)
+    while not any(answer["type"] == "begun" for answer in engine.told):
+        engine.engine.turn()
+        engine.collect()
     # The engine's own clock: servers in other threads go by the real one.
-    monkeypatch.setattr(engine, "time", SimpleNamespace(time=lambda: float("inf")))
-    assert len(base.pictures(number)) == 2
+    monkeypatch.setattr(messages, "time", SimpleNamespace(time=lambda: float("inf")))
+    assert len(engine.pictures(number)) == 2
 
 
 def test_only_the_bases_used_last_stay(

@@ -86,6 +86,15 @@ def test_pictures_are_those_of_diffusers_and_carry_their_parameters(
             assert numpy.abs(numpy.asarray(ours, int) - numpy.asarray(picture, int)).max() <= 1
 
 
+def test_the_figures_tell_of_an_order_that_is_being_made(
+    sampler: SamplerService, order: SampleOrder
+) -> None:
+    active: list[int] = []
+    sampler.sample(order, lambda *_: active.append(sampler.figures["active"]), never)
+    assert active[0] == 1
+    assert sampler.figures["active"] == 0
+
+
 def test_a_prompt_longer_than_the_encoder_reads_is_cut_off_with_a_warning(
     sampler: SamplerService, order: SampleOrder
 ) -> None:
