@@ -22,6 +22,7 @@ from lookalike_trainers.methods.method import Card, Method
 from lookalike_trainers.prepare import prepare
 from lookalike_trainers.run_request import RunImage, RunRequest
 from support_images import photo
+from support_methods import whole
 from support_models import RESOLUTION, save_base
 
 CPU = torch.device("cpu")
@@ -191,8 +192,9 @@ def _trained_answers(run: Trained, prompt: str) -> torch.Tensor:
             parts.learn("sks", count)
         noisy = torch.randn((1, 4, 16, 16), generator=torch.Generator().manual_seed(1))
         with torch.no_grad():
-            ids = parts.ids([prompt])
-            return torch.cat([module(noisy, torch.tensor([t]), ids) for t in (20, 480, 930)])
+            ids, sizes = parts.ids([prompt]), whole(1)
+            said = [module(noisy, torch.tensor([t]), ids, sizes) for t in (20, 480, 930)]
+            return torch.cat(said)
     with torch.no_grad():
         text = parts.encode([prompt], RESOLUTION)
     return _answers(module.unet, text)
