@@ -12,6 +12,7 @@ import tempfile
 from pathlib import Path
 
 import steps
+from orders import as_workers_do
 
 from lookalike_trainers.catalog import METHODS
 
@@ -19,6 +20,7 @@ NAMES = [info.name for info in METHODS]
 
 
 def main() -> None:
+    as_workers_do()
     options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     options.add_argument("methods", nargs="*", default=NAMES, help="all if none is named")
     options.add_argument("--photos", type=Path, default=steps.DEMO)
