@@ -25,6 +25,7 @@ from lookalike_platform.db.tables import UploadedImage
 from lookalike_platform.errors import FieldProblem, InvalidRequest, fault_of
 from lookalike_platform.samplers import WITH_ETA, check_sampler
 from lookalike_platform.settings import Settings
+from lookalike_platform.steps import steps_made
 
 
 def admit(
@@ -75,9 +76,6 @@ def admit(
         )
     if request.guidance_scale == 1 and (idle := _idle(request)):
         warnings.append(f"At guidance scale 1 these have no effect: {', '.join(idle)}.")
-    strength = request.strength
-    if picture and strength is None:
-        strength = MASK_STRENGTH if mask else STRENGTH
     seed = request.seed
     if seed is None:
         seed = secrets.randbelow(MAX_SEED - request.num_images)
@@ -103,7 +101,7 @@ def admit(
         dynamic_threshold=request.dynamic_threshold,
         eta=request.eta,
         init_image=_pinned(picture),
-        strength=strength,
+        strength=_strength(request),
         mask_image=_pinned(mask),
         regions=regions,
         compose=request.compose,
@@ -131,9 +129,10 @@ def _check_fields(request: GenerationRequest, settings: Settings) -> None:
             problems.append(FieldProblem(name, "belongs to init_image, which is missing"))
     if request.compose != "attention" and not request.regions:
         problems.append(FieldProblem("compose", "belongs to regions, which are missing"))
-    if request.strength is not None and int(request.steps * request.strength) < 1:
-        message = f"of {request.steps} steps leaves none to make: raise it, or the steps"
-        problems.append(FieldProblem("strength", f"{request.strength:g} {message}"))
+    strength = _strength(request)
+    if strength is not None and steps_made(request.steps, strength) < 1:
+        message = f"of the steps ({request.steps}) leaves none to make: raise it, or the steps"
+        problems.append(FieldProblem("strength", f"{strength:g} {message}"))
     try:
         check_sampler(request.sampler)
     except InvalidRequest as error:
@@ -157,6 +156,13 @@ def _check_places(request: GenerationRequest, height: int, width: int) -> None:
     if request.regions:
         boxes = [region.box for region in request.regions]
         numbered([box_cells(box, height, width) if box else None for box in boxes])
+
+
+def _strength(request: GenerationRequest) -> float | None:
+    """Also where a picture to start from comes without one."""
+    if request.strength is not None or request.init_image is None:
+        return request.strength
+    return STRENGTH if request.mask_image is None else MASK_STRENGTH
 
 
 def _idle(request: GenerationRequest) -> list[str]:

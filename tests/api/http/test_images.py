@@ -143,6 +143,14 @@ def test_the_strength_is_decided_at_admission(api: Api) -> None:
     assert ask(api).json()["strength"] is None
 
 
+def test_a_strength_that_leaves_no_step_is_refused_also_where_none_is_given(api: Api) -> None:
+    photo, mask = upload(api)["id"], upload(api, seed=1)["id"]
+    assert paths_of(ask(api, init_image=photo, strength=0.03)) == ["strength"]
+    assert paths_of(ask(api, init_image=photo, steps=1)) == ["strength"]
+    for enough in ({"steps": 2}, {"steps": 1, "strength": 1.0}, {"steps": 1, "mask_image": mask}):
+        assert ask(api, init_image=photo, **enough).status_code == 202
+
+
 @pytest.mark.parametrize(
     ("wanted", "path"),
     [
