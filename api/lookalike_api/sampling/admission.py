@@ -23,9 +23,9 @@ from lookalike_platform import bases
 from lookalike_platform.bases import Base
 from lookalike_platform.db.tables import UploadedImage
 from lookalike_platform.errors import FieldProblem, InvalidRequest, fault_of
-from lookalike_platform.samplers import WITH_ETA, check_sampler
+from lookalike_platform.samplers import WITH_ETA, check_sampler, class_of
 from lookalike_platform.settings import Settings
-from lookalike_platform.steps import steps_made
+from lookalike_platform.steps import answers_of, guided_answers, steps_made
 
 
 def admit(
@@ -49,6 +49,7 @@ def admit(
     _check_casts(request, base, [cast, *regional])
     schedule = json.loads((base.folder / "scheduler/scheduler_config.json").read_text())
     check_sampler(request.sampler, base_scheduler_config=schedule)
+    _check_guided(request, class_of(request.sampler, schedule))
     picture = _image(session, owner, request.init_image, "init_image")
     mask = _image(session, owner, request.mask_image, "mask_image")
     masks = [
@@ -149,6 +150,21 @@ def _check_casts(request: GenerationRequest, base: Base, casts: Sequence[Cast]) 
         problems = [problem for cast in casts for problem in cast.whole()]
     if problems:
         raise InvalidRequest("An adapter cannot be kept to a region of the attention.", problems)
+
+
+def _check_guided(request: GenerationRequest, scheduler: str) -> None:
+    """Guidance that is asked for must act in some step that is made."""
+    if request.guidance_scale == 1:
+        return
+    begin, end = request.guidance_interval
+    strength = _strength(request)
+    made = request.steps if strength is None else steps_made(request.steps, strength)
+    whole = answers_of(scheduler, request.steps)
+    skipped = whole - answers_of(scheduler, made)
+    if not any(answer >= skipped for answer in guided_answers((begin, end), whole)):
+        message = f"[{begin:g}, {end:g}] has none of the steps that are made: widen it"
+        problem = FieldProblem("guidance_interval", message)
+        raise InvalidRequest("Guidance is asked for, and no step would be guided.", [problem])
 
 
 def _check_places(request: GenerationRequest, height: int, width: int) -> None:

@@ -148,6 +148,8 @@ def test_the_same_key_draws_no_second_seed(api: Api) -> None:
         ({"adapters": [{"ref": "rex"}, {"ref": "rex@1"}]}, "adapters"),
         ({"adapters": "rex"}, "adapters"),
         ({"guidance": 4}, "guidance"),
+        ({"guidance_interval": [0.5, 0.51]}, "guidance_interval"),
+        ({"guidance_interval": [0.53, 0.55]}, "guidance_interval"),
     ],
 )
 def test_a_wrong_request_leaves_nothing(api: Api, wanted: dict[str, Any], path: str) -> None:
@@ -155,6 +157,21 @@ def test_a_wrong_request_leaves_nothing(api: Api, wanted: dict[str, Any], path: 
     before = api.kept()
     assert paths_of(ask(api, **wanted)) == [path]
     assert api.kept() == before
+
+
+@pytest.mark.parametrize(
+    "wanted",
+    [
+        {"guidance_interval": [0.5, 0.51], "guidance_scale": 1.0},
+        {"guidance_interval": [0.5, 0.51], "steps": 100},
+        {"guidance_interval": [0.53, 0.55], "sampler": "heun"},
+    ],
+    ids=["none is asked for", "more steps", "two answers a step"],
+)
+def test_an_interval_may_be_as_narrow_as_leaves_a_step_to_guide(
+    api: Api, wanted: dict[str, Any]
+) -> None:
+    assert ask(api, **wanted).status_code == 202
 
 
 def test_an_adapter_of_another_base_is_refused_by_both_names(api: Api) -> None:

@@ -108,6 +108,15 @@ def test_pixels_stay_as_long_as_an_image_or_a_set_has_them(api: Api) -> None:
     assert api.kept()["blobs"] == []
 
 
+def test_an_interval_that_ends_before_the_first_step_made_is_refused(api: Api) -> None:
+    """Of 25 steps a picture to start from leaves the last 20, by default."""
+    photo = upload(api)["id"]
+    assert paths_of(ask(api, init_image=photo, guidance_interval=[0, 0.2])) == ["guidance_interval"]
+    for enough in ({"guidance_interval": [0, 0.24]}, {"strength": 0.9}):
+        wanted = {"guidance_interval": [0, 0.2], **enough}
+        assert ask(api, init_image=photo, **wanted).status_code == 202
+
+
 @pytest.mark.parametrize(
     ("size", "wanted", "expected"),
     [
