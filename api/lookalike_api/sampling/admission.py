@@ -125,6 +125,10 @@ def _check_fields(request: GenerationRequest, settings: Settings) -> None:
         problems.append(
             FieldProblem("eta", f"{request.sampler} takes none; {' and '.join(WITH_ETA)} does")
         )
+    last = MAX_SEED - request.num_images + 1
+    if request.seed is not None and request.seed > last:
+        message = f"leaves no seeds for {request.num_images} pictures: give {last} or less"
+        problems.append(FieldProblem("seed", message))
     for name in ("mask_image", "strength"):
         if getattr(request, name) is not None and request.init_image is None:
             problems.append(FieldProblem(name, "belongs to init_image, which is missing"))

@@ -102,6 +102,10 @@ def test_a_missing_seed_is_drawn_and_returned(api: Api) -> None:
     assert len(seeds) == 3
 
 
+def test_the_last_of_the_pictures_may_have_the_last_seed_there_is(api: Api) -> None:
+    assert ask(api, seed=2**32 - 2, num_images=2).status_code == 202
+
+
 def test_a_prompt_without_the_subject_gets_a_warning(api: Api) -> None:
     api.add_version("rex")
     [warning] = ask(api, adapters=[{"ref": "rex"}]).json()["warnings"]
@@ -133,6 +137,7 @@ def test_the_same_key_draws_no_second_seed(api: Api) -> None:
         ({"guidance_scale": 1e9}, "guidance_scale"),
         ({"seed": -1}, "seed"),
         ({"seed": 2**32}, "seed"),
+        ({"seed": 2**32 - 1, "num_images": 2}, "seed"),
         ({"num_images": 0}, "num_images"),
         ({"num_images": 17}, "num_images"),
         ({"width": 100}, "width"),
