@@ -5,7 +5,8 @@
 pair   two subjects, 50 prompts (25 scenes, either first): in how many pictures both are present, in
        places of their own, by the evaluation's encoder. What counts as present is learned from
        pictures of each subject alone by its own adapter, against those of the other and of the base
-       (concepts.Detector); the base's pictures of both classes say how many would count by luck.
+       (concepts.Detector), in scenes and from seeds that no row has: a region of one subject would
+       else be the very picture that was learned from. The base's row says how many count by luck.
 many   2, 4, 8 and 12 subjects merged: the share kept of what each adapter alone makes of the base's
        picture, (cos(merged, solo) - cos(base, solo)) / (1 - cos(base, solo)), cosines of features
        of pictures from the same prompt and noise, sums over the subjects. Beyond the folder's
@@ -54,6 +55,23 @@ SCENES = (
     "on a white rug",
     "under a blue sky",
 )
+SOLO_SCENES = (  # of the same kinds, and none of them above
+    *(f"in front of a {colour} wall" for colour in COLOURS),
+    "in a park",
+    "in a field",
+    "in the desert",
+    "on the water",
+    "on a mountain",
+    "in a kitchen",
+    "on a bed",
+    "on a sofa",
+    "on a chair",
+    "on a bench",
+    "on a stone floor",
+    "by a window",
+    "under a cloudy sky",
+)
+SOLO_SEEDS = 10_000
 MERGES = ("weighted_sum", "ssr", "fusion", "svd", "ties", "dare_linear")
 COUNTS = (2, 4, 8, 12)
 SEEDS = (0, 1)
@@ -182,17 +200,19 @@ def _merge(bench: Bench, strategy: str, parents: Sequence[Version]) -> Version:
     return merged(bench.workshop, strategy, parents, folder)
 
 
-def _orders(prompts: Sequence[str], worn: Sequence[Version], **other: Any) -> list[Order]:
+def _orders(prompts: Sequence[str], worn: Sequence[Version], first: int = 0) -> list[Order]:
+    """Seeds count on from the first."""
     files = [version.worn() for version in worn]
     return [
-        {"prompt": prompt, "seed": seed, "worn": files, **other}
-        for seed, prompt in enumerate(prompts)
+        {"prompt": prompt, "seed": seed, "worn": files}
+        for seed, prompt in enumerate(prompts, first)
     ]
 
 
 def _alone(called: str, worn: Sequence[Version]) -> list[Order]:
     """To the left in one, to the right in the next."""
-    return _orders([f"a {called} on the {end} {s}" for s in SCENES for end in ENDS], worn)
+    prompts = [f"a {called} on the {end} {scene}" for scene in SOLO_SCENES for end in ENDS]
+    return _orders(prompts, worn, SOLO_SEEDS)
 
 
 def _ends(squares: torch.Tensor) -> torch.Tensor:

@@ -83,7 +83,14 @@ def merged(workshop: Workshop, strategy: str, parents: Sequence[Version], folder
         strategy=strategy,
         options=MergeOptions(),
         parents=[
-            ParentFile(method=p.method, file=p.file, scale=1.0, subjects=list(p.subjects))
+            ParentFile(
+                ref=p.name,
+                digest=sha256_file(p.file),
+                method=p.method,
+                file=p.file,
+                scale=1.0,
+                subjects=list(p.subjects),
+            )
             for p in parents
         ],
         base_folder=base.folder,

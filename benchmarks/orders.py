@@ -56,15 +56,20 @@ class Painter:
         self._folder.mkdir()
         self._woken = threading.Event()
         self._ends: queue.SimpleQueue[tuple[int, float]] = queue.SimpleQueue()
-        bases = ResidentBases(folder)
-        resident = bases.get(base.fingerprint, base.folder, "auto")
+        self._bases, self._adapter_bytes = ResidentBases(folder), adapter_bytes
+        resident = self._bases.get(base.fingerprint, base.folder, "auto")
         assert resident is not None
         self.resident: ResidentBase = resident
-        self.adapters = Adapters(adapter_bytes, adapter_bytes)
-        self.engine = Engine(
-            bases, self.adapters, self._hear, self._woken.set, batch_pixels("auto")
-        )
         self._sent = 0
+        self.forget()
+
+    def forget(self) -> None:
+        """From now on adapters are read from their files again, and texts by the encoders."""
+        self.resident._texts.clear()  # nothing but a benchmark wants this of a base
+        self.adapters = Adapters(self._adapter_bytes, self._adapter_bytes)
+        self.engine = Engine(
+            self._bases, self.adapters, self._hear, self._woken.set, batch_pixels("auto")
+        )
 
     def send(self, worn: Sequence[AdapterFile] = (), **other: Any) -> int:
         """An order for one picture, with prompt and seed of its own unless `other` has them."""

@@ -1,7 +1,8 @@
 """Serving many adapters at once, on the bundled base: its bars, part by part.
 
 batch      16 requests with 16 adapters at once, beside diffusers that loads, paints and unloads
-           one after another, and beside 16 requests at once without adapters
+           one after another: cold, so that we too read every file and every text, and warm, as
+           they are in memory; and warm beside 16 requests at once without adapters
 rows       the denoiser with a LoRA of rank 8 on every attention layer, another for each of 8
            rows, beside the denoiser alone
 switch     rows wear another adapter that is in memory: the cache, K's and V's answers, layers
@@ -69,20 +70,30 @@ def batch(painter: Painter, worn: list[AdapterFile], asked: argparse.Namespace) 
             )
             pipeline.unload_lora_weights()
 
+    def together() -> None:
+        painter.together([[file] for file in worn])
+
+    def together_cold() -> None:
+        painter.forget()
+        together()
+
     seconds = turns(
         {
             "one after another": one_after_another,
-            "together": lambda: painter.together([[file] for file in worn]),
+            "cold": together_cold,
+            "warm": together,  # with what the cold round has read
             "without": lambda: painter.together([[]] * MANY),
         },
         asked.rounds,
         base.device,
     )
-    slow, ours, bare = (statistics.median(taken) for taken in seconds.values())
-    print(f"batch: diffusers, one after another {slow:.2f} s; together {ours:.2f} s, ", end="")
-    print(f"without adapters {bare:.2f} s ({painter.steps} steps)")
-    print(f"    {slow / ours:.2f} times the throughput (bar 4)")
-    print(f"    {ours / bare:.3f} of the time without adapters (bar 1.25)")
+    slow, cold, warm, bare = (statistics.median(taken) for taken in seconds.values())
+    print(
+        f"batch: diffusers, one after another {slow:.2f} s; together, cold {cold:.2f} s, ", end=""
+    )
+    print(f"warm {warm:.2f} s, without adapters {bare:.2f} s ({painter.steps} steps)")
+    print(f"    cold {slow / cold:.2f} times the throughput (bar 4), warm {slow / warm:.2f}")
+    print(f"    warm {warm / bare:.3f} of the time without adapters (bar 1.25)")
 
 
 def rows(painter: Painter, worn: list[AdapterFile], asked: argparse.Namespace) -> None:

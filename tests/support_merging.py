@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from lookalike_platform.files import sha256_file
 from lookalike_registry.adapter_file import WEIGHTS_NAME
 from lookalike_registry.check import check_file
 from lookalike_registry.compose import rules
@@ -20,6 +21,19 @@ Maker = Callable[[str, int], Adapter]
 """The first (0) or the second adapter of a kind, made once."""
 
 
+def parent_file(method: str, file: Path, scale: float, subject: SubjectRecord) -> ParentFile:
+    """As it was registered."""
+    digest = sha256_file(file)
+    return ParentFile(
+        ref=f"{subject.name}@1",
+        digest=digest,
+        method=method,
+        file=file,
+        scale=scale,
+        subjects=[subject],
+    )
+
+
 def asked(base: Path, strategy: str, adapters: list[Adapter], **options: Any) -> CompositionRequest:
     parents = []
     for method, file, scale, word in adapters:
@@ -27,7 +41,7 @@ def asked(base: Path, strategy: str, adapters: list[Adapter], **options: Any) ->
         subject = SubjectRecord(
             name=word, trigger=word, class_noun="dog", phrase="{trigger}", learned=learned
         )
-        parents.append(ParentFile(method=method, file=file, scale=scale, subjects=[subject]))
+        parents.append(parent_file(method, file, scale, subject))
     return CompositionRequest(
         name="duo",
         strategy=strategy,

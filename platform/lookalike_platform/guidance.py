@@ -5,6 +5,8 @@ from typing import Literal
 
 import torch
 
+from lookalike_platform.steps import guided_answers
+
 PredictionType = Literal["epsilon", "v_prediction", "flow_prediction", "sample"]
 
 
@@ -26,8 +28,7 @@ class Guidance:
 
     def acts(self, step: int, steps: int) -> bool:
         """Whether step number `step`, from 0, of `steps` needs the unconditional prediction."""
-        begin, end = self.interval
-        return self.scale != 1.0 and int(begin * steps) <= step < int(end * steps)
+        return self.scale != 1.0 and step in guided_answers(self.interval, steps)
 
 
 @dataclass(frozen=True)

@@ -63,16 +63,21 @@ def check_sampler(
         raise InvalidRequest(message, [FieldProblem(path, message)])
 
 
+def class_of(name: str, base_scheduler_config: dict[str, Any]) -> str:
+    """The scheduler's class that a sampler of this base is of."""
+    class_name, _ = _samplers(base_scheduler_config)[name]
+    return class_name or str(base_scheduler_config["_class_name"])
+
+
 def make_sampler(name: str, base_scheduler_config: dict[str, Any]) -> Any:
     """A fresh diffusers scheduler with the base's noise schedule; one per request, it has state.
 
     Raises InvalidRequest for an unknown name, or one that cannot sample this base.
     """
     check_sampler(name, base_scheduler_config=base_scheduler_config)
-    flows = _flows(base_scheduler_config)
-    class_name, options = (FLOW_SAMPLERS if flows else SAMPLERS)[name]
-    class_name = class_name or base_scheduler_config["_class_name"]
-    if flows and not class_name.startswith("FlowMatch"):
+    class_name = class_of(name, base_scheduler_config)
+    _, options = _samplers(base_scheduler_config)[name]
+    if _flows(base_scheduler_config) and not class_name.startswith("FlowMatch"):
         options = options | {
             "use_flow_sigmas": True,
             "prediction_type": "flow_prediction",
@@ -81,6 +86,10 @@ def make_sampler(name: str, base_scheduler_config: dict[str, Any]) -> Any:
     ours = class_name == PROBABILITY_FLOW
     home = import_module("lookalike_platform.probability_flow" if ours else "diffusers")
     return getattr(home, class_name).from_config(base_scheduler_config, **options)
+
+
+def _samplers(config: dict[str, Any]) -> dict[str, Scheduler]:
+    return FLOW_SAMPLERS if _flows(config) else SAMPLERS
 
 
 def _flows(config: dict[str, Any]) -> bool:

@@ -7,6 +7,7 @@ from typing import Any, Self
 import torch
 
 from lookalike_platform.guidance import Guidance, Level, guide, rescale, threshold
+from lookalike_platform.steps import steps_made
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class Walk:
         if eta:
             self._options["eta"] = eta
 
-        skipped = 0 if start is None else steps - int(steps * start.strength)
+        skipped = 0 if start is None else steps - steps_made(steps, start.strength)
         whole = _visits(sampler, 0)
         self._timesteps = _visits(sampler, skipped)
         self._skipped = len(whole) - len(self._timesteps)

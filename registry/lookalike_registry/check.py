@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from lookalike_platform.errors import InvalidRequest
+from lookalike_platform.files import sha256_file
 from lookalike_registry.adapter_file import check_against_base
 from lookalike_registry.safetensors_header import Header, read_header
 from lookalike_registry.tensor_file import METHOD_KEY, check_tensors
@@ -15,3 +17,10 @@ def check_file(path: Path, base_folder: Path) -> Header:
     """
     ours = METHOD_KEY in read_header(path).metadata
     return (check_tensors if ours else check_against_base)(path, base_folder)
+
+
+def check_registered(path: Path, digest: str, base_folder: Path) -> Header:
+    """Check that a file is the one that was registered, and what `check_file` checks."""
+    if sha256_file(path) != digest:
+        raise InvalidRequest("The file is damaged: it is not what was registered.")
+    return check_file(path, base_folder)

@@ -10,7 +10,8 @@ from diffusers import StableDiffusionPipeline
 from lookalike_platform.conditioning import Text
 from lookalike_platform.diffusion import noise, walk_on
 from lookalike_platform.guidance import Guidance
-from lookalike_platform.samplers import FLOW_SAMPLERS, SAMPLERS, make_sampler
+from lookalike_platform.samplers import FLOW_SAMPLERS, SAMPLERS, class_of, make_sampler
+from lookalike_platform.steps import answers_of, steps_made
 from lookalike_platform.walk import Start, Walk
 from support_models import save_base
 from support_sampling import LIBRARY_WARNINGS
@@ -236,6 +237,20 @@ def test_an_interval_guides_only_its_share_of_the_steps(pipeline: Any, name: str
         walk.answer(walk.latents, walk.latents if walk.guided else None)
     visits = len(guided)
     assert guided == [visits // 4 <= visit < visits // 2 for visit in range(visits)]
+
+
+@pytest.mark.parametrize(("name", "kind"), KINDS)
+@pytest.mark.parametrize("strength", [None, 0.75, 0.25])
+def test_how_often_the_denoiser_is_asked_is_known_beforehand(
+    name: str, kind: str, strength: float | None
+) -> None:
+    """What requests are refused by is what the walk does."""
+    drawn, generators = noise([1], 4, 8, 8)
+    start = None if strength is None else Start(torch.zeros_like(drawn), strength)
+    made = 4 if strength is None else steps_made(4, strength)
+    sampler = make_sampler(name, config_of(kind))
+    walk = Walk(sampler, drawn, generators, steps=4, guidance=UNGUIDED, start=start)
+    assert walk.total == answers_of(class_of(name, config_of(kind)), made)
 
 
 def test_an_interval_counts_steps_from_noise_also_where_a_picture_skips_some() -> None:

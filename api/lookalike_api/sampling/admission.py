@@ -23,8 +23,9 @@ from lookalike_platform import bases
 from lookalike_platform.bases import Base
 from lookalike_platform.db.tables import UploadedImage
 from lookalike_platform.errors import FieldProblem, InvalidRequest, fault_of
-from lookalike_platform.samplers import WITH_ETA, check_sampler
+from lookalike_platform.samplers import WITH_ETA, check_sampler, class_of
 from lookalike_platform.settings import Settings
+from lookalike_platform.steps import answers_of, guided_answers, steps_made
 
 
 def admit(
@@ -48,6 +49,7 @@ def admit(
     _check_casts(request, base, [cast, *regional])
     schedule = json.loads((base.folder / "scheduler/scheduler_config.json").read_text())
     check_sampler(request.sampler, base_scheduler_config=schedule)
+    _check_guided(request, class_of(request.sampler, schedule))
     picture = _image(session, owner, request.init_image, "init_image")
     mask = _image(session, owner, request.mask_image, "mask_image")
     masks = [
@@ -75,9 +77,6 @@ def admit(
         )
     if request.guidance_scale == 1 and (idle := _idle(request)):
         warnings.append(f"At guidance scale 1 these have no effect: {', '.join(idle)}.")
-    strength = request.strength
-    if picture and strength is None:
-        strength = MASK_STRENGTH if mask else STRENGTH
     seed = request.seed
     if seed is None:
         seed = secrets.randbelow(MAX_SEED - request.num_images)
@@ -103,7 +102,7 @@ def admit(
         dynamic_threshold=request.dynamic_threshold,
         eta=request.eta,
         init_image=_pinned(picture),
-        strength=strength,
+        strength=_strength(request),
         mask_image=_pinned(mask),
         regions=regions,
         compose=request.compose,
@@ -126,14 +125,19 @@ def _check_fields(request: GenerationRequest, settings: Settings) -> None:
         problems.append(
             FieldProblem("eta", f"{request.sampler} takes none; {' and '.join(WITH_ETA)} does")
         )
+    last = MAX_SEED - request.num_images + 1
+    if request.seed is not None and request.seed > last:
+        message = f"leaves no seeds for {request.num_images} pictures: give {last} or less"
+        problems.append(FieldProblem("seed", message))
     for name in ("mask_image", "strength"):
         if getattr(request, name) is not None and request.init_image is None:
             problems.append(FieldProblem(name, "belongs to init_image, which is missing"))
     if request.compose != "attention" and not request.regions:
         problems.append(FieldProblem("compose", "belongs to regions, which are missing"))
-    if request.strength is not None and int(request.steps * request.strength) < 1:
-        message = f"of {request.steps} steps leaves none to make: raise it, or the steps"
-        problems.append(FieldProblem("strength", f"{request.strength:g} {message}"))
+    strength = _strength(request)
+    if strength is not None and steps_made(request.steps, strength) < 1:
+        message = f"of the steps ({request.steps}) leaves none to make: raise it, or the steps"
+        problems.append(FieldProblem("strength", f"{strength:g} {message}"))
     try:
         check_sampler(request.sampler)
     except InvalidRequest as error:
@@ -152,11 +156,33 @@ def _check_casts(request: GenerationRequest, base: Base, casts: Sequence[Cast]) 
         raise InvalidRequest("An adapter cannot be kept to a region of the attention.", problems)
 
 
+def _check_guided(request: GenerationRequest, scheduler: str) -> None:
+    """Guidance that is asked for must act in some step that is made."""
+    if request.guidance_scale == 1:
+        return
+    begin, end = request.guidance_interval
+    strength = _strength(request)
+    made = request.steps if strength is None else steps_made(request.steps, strength)
+    whole = answers_of(scheduler, request.steps)
+    skipped = whole - answers_of(scheduler, made)
+    if not any(answer >= skipped for answer in guided_answers((begin, end), whole)):
+        message = f"[{begin:g}, {end:g}] has none of the steps that are made: widen it"
+        problem = FieldProblem("guidance_interval", message)
+        raise InvalidRequest("Guidance is asked for, and no step would be guided.", [problem])
+
+
 def _check_places(request: GenerationRequest, height: int, width: int) -> None:
     """In latents. What masks leave to other regions shows only when they are painted."""
     if request.regions:
         boxes = [region.box for region in request.regions]
         numbered([box_cells(box, height, width) if box else None for box in boxes])
+
+
+def _strength(request: GenerationRequest) -> float | None:
+    """Also where a picture to start from comes without one."""
+    if request.strength is not None or request.init_image is None:
+        return request.strength
+    return STRENGTH if request.mask_image is None else MASK_STRENGTH
 
 
 def _idle(request: GenerationRequest) -> list[str]:

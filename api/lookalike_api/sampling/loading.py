@@ -18,8 +18,7 @@ import torch
 from lookalike_api.sampling.cache import Cache, Kept
 from lookalike_api.sampling.messages import AdapterFile
 from lookalike_platform.errors import InvalidRequest
-from lookalike_platform.files import sha256_file
-from lookalike_registry.check import check_file
+from lookalike_registry.check import check_registered
 from lookalike_registry.safetensors_header import ITEM_BYTES, read_header
 from lookalike_registry.tensor_file import METHOD_KEY
 from lookalike_trainers.methods.find import rows_of
@@ -119,7 +118,7 @@ def _about(adapter: AdapterFile) -> About:
 
 def check(adapter: AdapterFile, base_folder: Path) -> None:
     """Raises InvalidRequest, with the adapter's name, unless the file is whole and fits."""
-    named(adapter, lambda: _check(adapter, base_folder))
+    named(adapter, lambda: check_registered(adapter.path, adapter.digest, base_folder))
 
 
 def named(adapter: AdapterFile, look: Callable[[], Any]) -> Any:
@@ -132,16 +131,10 @@ def named(adapter: AdapterFile, look: Callable[[], Any]) -> Any:
         raise InvalidRequest(f"{adapter.ref}: its file is gone.") from error
 
 
-def _check(adapter: AdapterFile, base_folder: Path) -> None:
-    if sha256_file(adapter.path) != adapter.digest:
-        raise InvalidRequest("The file is damaged: it is not what was registered.")
-    check_file(adapter.path, base_folder)
-
-
 def _load(wanted: Wanted) -> RowAdapter | None:
     """What it raises names no adapter: orders share it, each of which has a name of its own."""
     file, base = wanted.file, wanted.base
-    _check(file, base.folder)
+    check_registered(file.path, file.digest, base.folder)
     rows = rows_of(method_of(file.path))
     assert rows is not None
     adapter = rows(base, file.path)

@@ -102,6 +102,10 @@ def test_a_missing_seed_is_drawn_and_returned(api: Api) -> None:
     assert len(seeds) == 3
 
 
+def test_the_last_of_the_pictures_may_have_the_last_seed_there_is(api: Api) -> None:
+    assert ask(api, seed=2**32 - 2, num_images=2).status_code == 202
+
+
 def test_a_prompt_without_the_subject_gets_a_warning(api: Api) -> None:
     api.add_version("rex")
     [warning] = ask(api, adapters=[{"ref": "rex"}]).json()["warnings"]
@@ -133,6 +137,7 @@ def test_the_same_key_draws_no_second_seed(api: Api) -> None:
         ({"guidance_scale": 1e9}, "guidance_scale"),
         ({"seed": -1}, "seed"),
         ({"seed": 2**32}, "seed"),
+        ({"seed": 2**32 - 1, "num_images": 2}, "seed"),
         ({"num_images": 0}, "num_images"),
         ({"num_images": 17}, "num_images"),
         ({"width": 100}, "width"),
@@ -148,6 +153,8 @@ def test_the_same_key_draws_no_second_seed(api: Api) -> None:
         ({"adapters": [{"ref": "rex"}, {"ref": "rex@1"}]}, "adapters"),
         ({"adapters": "rex"}, "adapters"),
         ({"guidance": 4}, "guidance"),
+        ({"guidance_interval": [0.5, 0.51]}, "guidance_interval"),
+        ({"guidance_interval": [0.53, 0.55]}, "guidance_interval"),
     ],
 )
 def test_a_wrong_request_leaves_nothing(api: Api, wanted: dict[str, Any], path: str) -> None:
@@ -155,6 +162,21 @@ def test_a_wrong_request_leaves_nothing(api: Api, wanted: dict[str, Any], path: 
     before = api.kept()
     assert paths_of(ask(api, **wanted)) == [path]
     assert api.kept() == before
+
+
+@pytest.mark.parametrize(
+    "wanted",
+    [
+        {"guidance_interval": [0.5, 0.51], "guidance_scale": 1.0},
+        {"guidance_interval": [0.5, 0.51], "steps": 100},
+        {"guidance_interval": [0.53, 0.55], "sampler": "heun"},
+    ],
+    ids=["none is asked for", "more steps", "two answers a step"],
+)
+def test_an_interval_may_be_as_narrow_as_leaves_a_step_to_guide(
+    api: Api, wanted: dict[str, Any]
+) -> None:
+    assert ask(api, **wanted).status_code == 202
 
 
 def test_an_adapter_of_another_base_is_refused_by_both_names(api: Api) -> None:

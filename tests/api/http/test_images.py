@@ -108,6 +108,15 @@ def test_pixels_stay_as_long_as_an_image_or_a_set_has_them(api: Api) -> None:
     assert api.kept()["blobs"] == []
 
 
+def test_an_interval_that_ends_before_the_first_step_made_is_refused(api: Api) -> None:
+    """Of 25 steps a picture to start from leaves the last 20, by default."""
+    photo = upload(api)["id"]
+    assert paths_of(ask(api, init_image=photo, guidance_interval=[0, 0.2])) == ["guidance_interval"]
+    for enough in ({"guidance_interval": [0, 0.24]}, {"strength": 0.9}):
+        wanted = {"guidance_interval": [0, 0.2], **enough}
+        assert ask(api, init_image=photo, **wanted).status_code == 202
+
+
 @pytest.mark.parametrize(
     ("size", "wanted", "expected"),
     [
@@ -141,6 +150,14 @@ def test_the_strength_is_decided_at_admission(api: Api) -> None:
     assert made["strength"] == 0.3
     assert (made["init_image"]["id"], made["mask_image"]["id"]) == (photo, mask)
     assert ask(api).json()["strength"] is None
+
+
+def test_a_strength_that_leaves_no_step_is_refused_also_where_none_is_given(api: Api) -> None:
+    photo, mask = upload(api)["id"], upload(api, seed=1)["id"]
+    assert paths_of(ask(api, init_image=photo, strength=0.03)) == ["strength"]
+    assert paths_of(ask(api, init_image=photo, steps=1)) == ["strength"]
+    for enough in ({"steps": 2}, {"steps": 1, "strength": 1.0}, {"steps": 1, "mask_image": mask}):
+        assert ask(api, init_image=photo, **enough).status_code == 202
 
 
 @pytest.mark.parametrize(

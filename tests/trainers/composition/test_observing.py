@@ -16,8 +16,8 @@ from lookalike_platform.samplers import make_sampler
 from lookalike_registry.manifest import SubjectRecord
 from lookalike_trainers.base_parts import BaseParts
 from lookalike_trainers.composition.observing import SAMPLER, SCENES, STEPS, WORD, called, observe
-from lookalike_trainers.composition.request import ParentFile
 from lookalike_trainers.methods.products import layers_of
+from support_merging import parent_file
 from support_methods import CPU, SIDE
 from support_models import RESOLUTION, save_base
 from support_pairs import trained_adapter, wearing
@@ -57,7 +57,7 @@ def save_zero_signal_base(folder: Path) -> Path:
 def test_every_kind_of_base_can_be_listened_to(tmp_path: Path, make: Callable[..., Path]) -> None:
     parts = BaseParts(make(tmp_path / "base"), CPU)
     method, file, _, _ = trained_adapter(parts.folder, tmp_path, "lora", 0)
-    parent = ParentFile(method=method, file=file, scale=1.0, subjects=[PLAIN])
+    parent = parent_file(method, file, 1.0, PLAIN)
     layer = next(name for name in layers_of(parts) if name.endswith("attn2.to_q"))
     heard: list[torch.Tensor] = []
     observe(parts, parent, [layer], lambda _, x: heard.append(x), resolution=RESOLUTION, seed=3)
@@ -73,7 +73,7 @@ def test_a_layer_hears_what_the_parents_own_prompt_is_to_it_while_it_is_worn(
     the first step is the worn UNet's at the first noise."""
     parts = BaseParts(save_base(tmp_path / "base"), CPU)
     method, file, _, _ = trained_adapter(parts.folder, tmp_path, "ed_lora", 1)
-    parent = ParentFile(method=method, file=file, scale=0.6, subjects=[REX])
+    parent = parent_file(method, file, 0.6, REX)
     names = list(layers_of(parts))
     key = next(name for name in names if name.endswith("attn2.to_k"))
     late = [name for name in names if name.endswith("attn2.to_q")][-1]
@@ -111,7 +111,7 @@ def test_the_inputs_heard_are_those_a_layers_answer_comes_from(tmp_path: Path) -
     """Linear layers and convolutions alike: y = W x + b, of rows or of patches."""
     parts = BaseParts(save_base(tmp_path / "base"), CPU)
     method, file, _, _ = trained_adapter(parts.folder, tmp_path, "pivotal", 0)
-    parent = ParentFile(method=method, file=file, scale=0.0, subjects=[REX])
+    parent = parent_file(method, file, 0.0, REX)
     layers = {
         name: layer
         for name, layer in layers_of(parts).items()

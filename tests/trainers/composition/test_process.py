@@ -11,11 +11,12 @@ from lookalike_platform.errors import InvalidRequest
 from lookalike_registry.compose.low_rank import LowRank
 from lookalike_registry.manifest import SubjectRecord
 from lookalike_trainers.composition import process
-from lookalike_trainers.composition.request import CompositionRequest, MergeOptions, ParentFile
+from lookalike_trainers.composition.request import CompositionRequest, MergeOptions
 from lookalike_trainers.launcher import STOP_FILE
 from lookalike_trainers.methods import composition
 from lookalike_trainers.methods.composition import Change
 from lookalike_trainers.voice import Stopped
+from support_merging import parent_file
 from support_models import RESOLUTION, save_base
 from support_sampling import save_adapter
 
@@ -35,7 +36,7 @@ def folder(tmp_path: Path) -> Iterator[Path]:
             phrase="{trigger} {class_noun}",
             learned=False,
         )
-        parents.append(ParentFile(method="lora", file=file, scale=1.0, subjects=[subject]))
+        parents.append(parent_file("lora", file, 1.0, subject))
     request = CompositionRequest(
         name="duo",
         strategy="ties",
@@ -96,3 +97,33 @@ def test_a_file_that_does_not_fit_its_base_is_no_result(
         process.run(folder, lambda message: None)
     assert [one.path for one in refused.value.fields] == [table]
     assert not (folder / "result" / "result.json").exists()
+
+
+def flip_a_bit(file: Path) -> None:
+    """Of a number's middle: what comes of it is finite and of the same shape."""
+    data = bytearray(file.read_bytes())
+    data[-2] ^= 0x40
+    file.write_bytes(data)
+
+
+def test_a_parent_with_one_bit_flipped_is_refused_by_name(folder: Path) -> None:
+    flip_a_bit(folder / "zwx.safetensors")
+    with pytest.raises(InvalidRequest, match=r"^zwx@1: The file is damaged"):
+        process.run(folder, lambda message: None)
+    assert not list((folder / "result").iterdir())
+
+
+def test_a_parent_that_does_not_fit_the_base_is_refused_by_name(folder: Path) -> None:
+    """Though it is what was registered: with each tensor that does not fit."""
+    request = CompositionRequest.model_validate_json((folder / "request.json").read_text())
+    wide = save_base(folder / "wide", "sdxl")
+    file = folder / "wide.safetensors"
+    save_adapter(file, wide, 2)
+    first, second = request.parents
+    stray = parent_file("lora", file, 1.0, second.subjects[0])
+    asked = request.model_copy(update={"parents": [first, stray]})
+    (folder / "request.json").write_text(asked.model_dump_json())
+    with pytest.raises(InvalidRequest, match=r"^zwx@1: ") as refused:
+        process.run(folder, lambda message: None)
+    assert refused.value.fields
+    assert not list((folder / "result").iterdir())

@@ -5,8 +5,10 @@ file has them, and else deltas.
 """
 
 from collections.abc import Mapping
+from pathlib import Path
 
-from lookalike_platform.errors import CapabilityMissing
+from lookalike_platform.errors import CapabilityMissing, InvalidRequest
+from lookalike_registry.check import check_registered
 from lookalike_registry.compose.low_rank import LowRank
 from lookalike_registry.compose.rules import COMPOSITION
 from lookalike_registry.products import Product, loaded_products, read_lora
@@ -23,10 +25,13 @@ from lookalike_trainers.methods.tokens import PREFIX as TOKENS
 def read(parent: ParentFile, base: BaseParts) -> Change:
     """The parent's change of this base.
 
-    Raises CapabilityMissing for a method whose change is not one fixed sum.
+    Raises:
+        CapabilityMissing: for a method whose change is not one fixed sum.
+        InvalidRequest: the file is not what was registered, or does not fit this base.
     """
     from safetensors.torch import load_file
 
+    _check(parent, base.folder)
     file, scale = parent.file, parent.scale
     header = read_header(file)
     if METHOD_KEY not in header.metadata:
@@ -59,6 +64,14 @@ def read(parent: ParentFile, base: BaseParts) -> Change:
             raise CapabilityMissing(f"merging adapters of {parent.method}")
     changes = {name: (delta * scale).cpu() for name, delta in changed.items()}
     return Change(deltas=changes, subjects=[Subject(rows)])
+
+
+def _check(parent: ParentFile, base_folder: Path) -> None:
+    """A merge would hide a damaged parent: what comes out is finite and fits all the same."""
+    try:
+        check_registered(parent.file, parent.digest, base_folder)
+    except InvalidRequest as error:
+        raise InvalidRequest(f"{parent.ref}: {error.detail}", error.fields) from error
 
 
 def _of_products(

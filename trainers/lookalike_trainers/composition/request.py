@@ -49,10 +49,12 @@ class ComposeJob(Strict):
 
 
 class ParentFile(BaseModel):
-    """One adapter to merge, as the process finds it."""
+    """One adapter to merge, as the process finds it. digest: sha256 of what was registered."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    ref: str
+    digest: str
     method: str
     file: Path
     scale: float

@@ -74,6 +74,8 @@ def _compose_and_register(
             options=asked.options,
             parents=[
                 ParentFile(
+                    ref=parent.ref,
+                    digest=parent.digest,
                     method=parent.method,
                     file=blobs.path(parent.digest),
                     scale=parent.scale,
