@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 
-from lookalike_api.sampling import entrance, loading, messages, models
+from lookalike_api.sampling import entrance, messages, models
 from lookalike_api.sampling.messages import AdapterFile
+from lookalike_registry import check
 from support_sampling import LIBRARY_WARNINGS, Orders, engine_of, save_adapter
 
 pytestmark = LIBRARY_WARNINGS
@@ -57,13 +58,13 @@ def damaged(file: AdapterFile, folder: Path) -> AdapterFile:
 def gate(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
     """Damaged files are read when it opens."""
     opened = threading.Event()
-    digest = loading.sha256_file
+    digest = check.sha256_file
 
     def read(path: Path) -> Any:
         assert "damaged" not in path.name or opened.wait(20)
         return digest(path)
 
-    monkeypatch.setattr(loading, "sha256_file", read)
+    monkeypatch.setattr(check, "sha256_file", read)
     return opened
 
 
