@@ -24,8 +24,8 @@ import random
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
-from itertools import cycle
+from collections.abc import Callable, Mapping
+from itertools import cycle, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -221,8 +221,23 @@ def _print_least(painter: Painter, share: float, capacity: float) -> None:
     each = ", ".join(f"{count}: {s * 1e3:.0f} ms" for count, s in curve.items())
     print(f"    the denoiser for so many requests at once: {each}")
     rate = share * capacity * painter.steps  # steps of requests a second
-    enough = [f"{count / rate / curve[1]:.2f}" for count, s in curve.items() if count / s >= rate]
-    print(f"    least: {enough[0] if enough else 'no batch reaches this rate'} of alone on average")
+    fewest = _fewest(curve, rate)
+    found = f"{fewest / rate / curve[1]:.2f}" if fewest else "no batch reaches this rate"
+    print(f"    least: {found} of alone on average")
+
+
+def _fewest(curve: Mapping[int, float], rate: float) -> float | None:
+    """The fewest requests b at once with b / f(b) >= rate, f as straight between those measured.
+
+    Where one at a time is enough, the share of time that there is one.
+    """
+    if rate * curve[1] <= 1:
+        return rate * curve[1]
+    for (few, short), (many, long) in pairwise(curve.items()):
+        if many / long >= rate:
+            slope = (long - short) / (many - few)
+            return rate * (short - slope * few) / (1 - rate * slope)  # b = rate f(b)
+    return None
 
 
 def _texts(painter: Painter, count: int) -> Text:
