@@ -60,8 +60,6 @@ def admit(
     _check_places(request, height // base.vae_scale, width // base.vae_scale)
 
     bound_prompt, warnings = cast.bind(request.prompt)
-    # That it does not mention an adapter is as it should be.
-    bound_negative, _ = cast.bind(request.negative_prompt, "negative_prompt")
     regions = []
     for one, region, its_mask in zip(regional, request.regions, masks, strict=True):
         bound, its_warnings = one.bind(region.prompt)
@@ -70,6 +68,7 @@ def admit(
             PinnedRegion(
                 prompt=region.prompt,
                 bound_prompt=bound,
+                bound_negative=one.bind_negative(request.negative_prompt, [cast, *regional]),
                 adapters=one.pinned(),
                 box=region.sides,
                 mask_image=_pinned(its_mask),
@@ -84,7 +83,7 @@ def admit(
         prompt=request.prompt,
         bound_prompt=bound_prompt,
         negative_prompt=request.negative_prompt,
-        bound_negative=bound_negative,
+        bound_negative=cast.bind_negative(request.negative_prompt, regional),
         adapters=cast.pinned(),
         base=name,
         guidance_scale=request.guidance_scale,

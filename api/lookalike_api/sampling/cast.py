@@ -2,8 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import chain
+from dataclasses import dataclass, replace
 
 from sqlalchemy.orm import Session
 
@@ -34,19 +33,34 @@ class Cast:
     found: list[AdapterVersion]
     manifests: list[Manifest]
 
-    def bind(self, prompt: str, name: str = "prompt") -> tuple[str, list[str]]:
-        """The prompt for the text encoder, and warnings. Raises InvalidRequest; see prompts.py.
-
-        name: of the request's field.
-        """
-        subjects = [subjects_of(manifest) for manifest in self.manifests]
-        groups = {m.identity.concept: own for m, own in zip(self.manifests, subjects, strict=True)}
-        try:
-            bound, warnings = bind(prompt, list(chain(*subjects)), groups, name)
-        except InvalidRequest as error:
-            raise InvalidRequest(error.detail, self._problems(error.fields)) from error
+    def bind(self, prompt: str) -> tuple[str, list[str]]:
+        """The prompt for the text encoder, and warnings. Raises InvalidRequest; see prompts.py."""
+        bound, warnings = bind(prompt, self.subjects, self.groups, f"{self.path}prompt")
         where = f"{self.path.removesuffix('.')}: " if self.path else ""
         return bound, [where + warning for warning in warnings]
+
+    def bind_negative(self, prompt: str, others: Sequence["Cast"]) -> str:
+        """The request's negative prompt, as it is read where these act.
+
+        It may name subjects of the other prompts, too. Here nobody knows them: they are spoken of
+        by their class noun. Raises InvalidRequest.
+        """
+        groups: dict[str, list[Subject]] = {}
+        for cast in others:
+            groups |= {name: _unknown(subjects) for name, subjects in cast.groups.items()}
+        # That it does not mention an adapter is as it should be: no warnings.
+        bound, _ = bind(prompt, self.subjects, groups | self.groups, "negative_prompt")
+        return bound
+
+    @property
+    def subjects(self) -> list[Subject]:
+        return [subject for manifest in self.manifests for subject in subjects_of(manifest)]
+
+    @property
+    def groups(self) -> dict[str, list[Subject]]:
+        """Whom each name stands for: a subject's own for it, a version's for all of its."""
+        alone = {subject.name: [subject] for subject in self.subjects}
+        return alone | {m.identity.concept: subjects_of(m) for m in self.manifests}
 
     def pinned(self) -> list[PinnedAdapter]:
         return [
@@ -92,9 +106,6 @@ class Cast:
             if kind not in BY_ROW
         ]
 
-    def _problems(self, fields: Sequence[FieldProblem]) -> list[FieldProblem]:
-        return [FieldProblem(self.path + field.path, field.message) for field in fields]
-
 
 def look_up(session: Session, owner: str, uses: Sequence[AdapterUse], path: str = "") -> Cast:
     """Raises InvalidRequest for adapters that are not there, and that cannot act together."""
@@ -123,6 +134,10 @@ def subjects_of(manifest: Manifest) -> list[Subject]:
         )
         for place, subject in enumerate(manifest.subjects, 1)
     ]
+
+
+def _unknown(subjects: Sequence[Subject]) -> list[Subject]:
+    return [replace(subject, word="", phrase="{class_noun}") for subject in subjects]
 
 
 def _refuse_twice(cast: Cast) -> None:

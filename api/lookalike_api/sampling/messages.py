@@ -40,12 +40,14 @@ class AdapterFile:
 @dataclass(frozen=True)
 class Region:
     """A place in the pictures with a prompt and adapters of its own: `box` (left, top, right,
-    bottom as shares of the picture) or `mask_image`, white where it is."""
+    bottom as shares of the picture) or `mask_image`, white where it is. `negative_prompt` is the
+    order's, as these adapters know its subjects."""
 
     prompt: str
     adapters: tuple[AdapterFile, ...]
     box: tuple[float, float, float, float] | None = None
     mask_image: Path | None = None
+    negative_prompt: str = ""
 
 
 PATHS = ("base_folder", "folder", "init_image", "mask_image")
@@ -61,7 +63,8 @@ class SampleOrder:
     alone: in a batch of its own, so that its pictures are the same to the bit each time
     deadline: seconds since the epoch, after which it is not begun; None is never
     init_image, mask_image: PNG files; `strength` goes with the former
-    regions: later ones lie over earlier ones; `prompt` and `adapters` are of what none covers
+    regions: later ones lie over earlier ones; `prompt`, `negative_prompt` and `adapters` are
+        of what none covers
     compose: how they come together, "attention" or "latents" (docs/regions.md)
     """
 
@@ -134,6 +137,7 @@ def _region(plain: dict[str, Any]) -> Region:
         _adapters(plain),
         plain["box"] and tuple(plain["box"]),
         plain["mask_image"] and Path(plain["mask_image"]),
+        plain["negative_prompt"],
     )
 
 

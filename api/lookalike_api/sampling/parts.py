@@ -49,16 +49,13 @@ def parts_of(
 
     Raises InvalidRequest for what base and adapters cannot do, and for a region without place.
     """
-    prompts = [("prompt", order.prompt, order.adapters)]
-    prompts += [
-        (f"prompt of regions[{n}]", region.prompt, region.adapters)
-        for n, region in enumerate(order.regions)
-    ]
+    rest = Region(order.prompt, order.adapters, negative_prompt=order.negative_prompt)
     parts = []
-    for name, prompt, adapters in prompts:
-        base.wear([file for file in adapters if file not in by_row])
-        dressed = [Dressed(by_row[file], file) for file in adapters if file in by_row]
-        parts.append(_read(order, base, name, prompt, dressed, count))
+    for number, region in enumerate((rest, *order.regions)):
+        base.wear([file for file in region.adapters if file not in by_row])
+        dressed = [Dressed(by_row[file], file) for file in region.adapters if file in by_row]
+        name = f"prompt of regions[{number - 1}]" if number else "prompt"
+        parts.append(_read(order, base, name, region, dressed, count))
     if not order.regions:
         return parts
     cells = torch.tensor([list(row) for row in _cells(order, base)], device=base.device)
@@ -99,12 +96,13 @@ def _read(
     order: SampleOrder,
     base: ResidentBase,
     name: str,
-    prompt: str,
+    region: Region,
     dressed: Sequence[Dressed],
     count: int,
 ) -> Part:
     """The prompt and the negative prompt, both as these adapters have them."""
-    read, negative = base.read(prompt, dressed), base.read(order.negative_prompt, dressed)
+    read = base.read(region.prompt, dressed)
+    negative = base.read(region.negative_prompt, dressed)
     most = base.max_tokens
     warnings = [
         f"The {name} is {said.tokens} tokens long and was cut off after {most}, "
@@ -112,7 +110,7 @@ def _read(
         for name, said in ((name, read), ("negative prompt", negative))
         if said.tokens > most
     ]
-    blank = base.read_negative(order.negative_prompt, dressed)
+    blank = base.read_negative(region.negative_prompt, dressed)
     both = same_depth([blank.text, read.text])
     text = Text.cat([one.expand(count) for one in both]).of_size(order.height, order.width)
     outfit = tuple((one.adapter, one.file.scale) for one in dressed)

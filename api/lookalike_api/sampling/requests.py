@@ -184,6 +184,8 @@ class PinnedRegion(BaseModel):
     adapters: list[PinnedAdapter]
     box: tuple[float, float, float, float] | None = None
     mask_image: PinnedImage | None = None
+    bound_negative: str | None = None
+    """The request's negative prompt as this region's adapters know it. Older jobs have none."""
 
 
 class GenerateJob(BaseModel):

@@ -144,15 +144,14 @@ def _order(
             f"The base model {request.base} on this worker has other weights than when the job "
             "was accepted. Install the same base on API and workers, then submit it again."
         )
+    negative = request.negative_prompt if request.bound_negative is None else request.bound_negative
     return SampleOrder(
         base_fingerprint=base.fingerprint,
         base_folder=base.folder,
         device=settings.device,
         adapters=_adapters(request.adapters, blobs),
         prompt=request.bound_prompt,
-        negative_prompt=(
-            request.negative_prompt if request.bound_negative is None else request.bound_negative
-        ),
+        negative_prompt=negative,
         guidance_scale=request.guidance_scale,
         steps=request.steps,
         sampler=request.sampler,
@@ -178,6 +177,7 @@ def _order(
                 _adapters(region.adapters, blobs),
                 region.box,
                 _file(region.mask_image, blobs),
+                negative if region.bound_negative is None else region.bound_negative,
             )
             for region in request.regions
         ),

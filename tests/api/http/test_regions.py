@@ -9,6 +9,7 @@ import pytest
 from lookalike_api.sampling.requests import GenerateJob, GenerationRequest
 from lookalike_platform import bases
 from lookalike_platform.db.tables import Job
+from lookalike_registry.manifest import SubjectRecord
 from support_api import Api, paths_of, problem_of
 from support_images import encoded, picture
 from support_models import save_base
@@ -16,6 +17,9 @@ from support_sampling import save_adapter
 
 LEFT, RIGHT = [0, 0, 0.5, 1], [0.5, 0, 1, 1]
 PLAIN = {"prompt": "a cat", "box": LEFT}
+LEARNED = SubjectRecord(
+    name="rex", trigger="sks", class_noun="dog", phrase="{trigger} {class_noun}", learned=True
+)
 
 
 def ask(api: Api, *regions: Any, **wanted: Any) -> Any:
@@ -47,6 +51,44 @@ def test_a_region_has_its_references_pinned_and_its_prompt_bound(api: Api) -> No
     assert [(v["ref"], v["scale"]) for v in first["versions"]] == [("tom@1", 0.5)]
     assert (second["versions"][0]["digest"], second["mask_image"]["id"]) == (rex.digest, mask)
     assert made["warnings"] == []
+
+
+def negatives_of(api: Api, answer: Any) -> list[str | None]:
+    """As they are read: of what no region covers, then of each region."""
+    assert answer.status_code == 202, answer.text
+    with api.context.db.read_session() as session:
+        job = GenerateJob.model_validate(session.get_one(Job, answer.json()["id"]).request)
+    return [job.bound_negative, *(region.bound_negative for region in job.regions)]
+
+
+@pytest.mark.parametrize("negative", ["<rex>, blurry", "two of <rex>"])
+def test_a_negative_prompt_has_a_subjects_word_where_it_acts_and_its_class_elsewhere(
+    api: Api, negative: str
+) -> None:
+    learned = {"subjects": [LEARNED]}
+    rex = api.add_version("rex", method="textual_inversion", prompting=learned)
+    uses = {"adapters": [{"ref": "rex"}]}
+    here, there = negative.replace("<rex>", f"{rex.id} dog"), negative.replace("<rex>", "dog")
+    in_region = ask(api, {**PLAIN, **uses}, {**PLAIN, "box": RIGHT}, negative_prompt=negative)
+    assert negatives_of(api, in_region) == [there, here, there]
+    outside = ask(api, PLAIN, negative_prompt=negative, **uses)
+    assert negatives_of(api, outside) == [here, there]
+
+
+def test_a_bare_trigger_in_a_negative_prompt_is_the_learned_word_where_it_acts(api: Api) -> None:
+    rex = api.add_version("rex", method="textual_inversion", prompting={"subjects": [LEARNED]})
+    region = {**PLAIN, "adapters": [{"ref": "rex"}]}
+    made = ask(api, region, negative_prompt="a sks dog")
+    assert negatives_of(api, made) == ["a sks dog", f"a {rex.id} dog"]
+
+
+def test_a_negative_prompt_names_subjects_of_this_request_alone(api: Api) -> None:
+    api.add_version("rex")
+    api.add_version("tom")
+    region = {**PLAIN, "adapters": [{"ref": "rex"}]}
+    [problem] = problem_of(ask(api, region, negative_prompt="<tom>"), 422)["errors"]
+    assert problem["path"] == "negative_prompt"
+    assert "<rex>" in problem["message"]
 
 
 def test_the_parameters_of_a_picture_ask_for_the_same_regions(api: Api) -> None:

@@ -76,10 +76,26 @@ def test_regions_that_say_the_same_everywhere_are_the_plain_request(
     worn, prompt = (adapters[name],), f"{adapters[name].word or 'sks'} a"
     options = {"negative_prompt": "b", "num_images": 2, "sampler": "dpmsolver++"}
     plain = painted(engine, prompt=prompt, adapters=worn, **options)
-    same = tuple(Region(prompt, worn, box) for box in regions)
+    same = tuple(Region(prompt, worn, box, negative_prompt="b") for box in regions)
     ours = painted(engine, prompt="zz", regions=same, compose=compose, **options)
     assert apart(ours, plain) <= 1
     assert apart(plain, painted(engine, prompt=prompt, **options)) > 1
+
+
+@both_ways
+def test_a_region_is_driven_away_from_its_own_negative_prompt(
+    engine: Orders, adapters: dict[str, AdapterFile], compose: str
+) -> None:
+    """Which knows learned words of the region's adapters; the order's is of what none covers."""
+    textual = adapters["textual_inversion"]
+    worn, options = (textual,), {"num_images": 2, "sampler": "dpmsolver++"}
+    away = f"{textual.word} b"
+    plain = painted(engine, prompt="a", adapters=worn, negative_prompt=away, **options)
+    region = Region("a", worn, ALL, negative_prompt=away)
+    ours = painted(engine, regions=(region,), compose=compose, negative_prompt="c", **options)
+    assert apart(ours, plain) <= 1
+    other = painted(engine, prompt="a", adapters=worn, negative_prompt="c", **options)
+    assert apart(other, plain) > 1
 
 
 @both_ways
@@ -90,10 +106,10 @@ def test_sdxl_has_regions_too(tmp_path: Path, compose: str) -> None:
     engine = engine_of(base)
     options = {"negative_prompt": "b", "sampler": "ddim"}
     plain = painted(engine, prompt="sks a", adapters=worn, **options)
-    halves = tuple(Region("sks a", worn, box) for box in (LEFT, RIGHT))
+    halves = tuple(Region("sks a", worn, box, negative_prompt="b") for box in (LEFT, RIGHT))
     same = painted(engine, prompt="sks a", regions=halves, compose=compose, **options)
     assert apart(same, plain) <= 1
-    bare = (halves[0], Region("sks a", (), RIGHT))
+    bare = (halves[0], Region("sks a", (), RIGHT, negative_prompt="b"))
     one = painted(engine, prompt="sks a", regions=bare, compose=compose, **options)
     none = painted(engine, prompt="sks a", **options)
     middle = none.shape[2] // 2
@@ -291,7 +307,7 @@ def test_an_order_with_regions_is_the_same_after_its_way_over_the_pipe(
         width=64, height=64, num_images=1, folder=tmp_path, parameters=("{}",), compose="latents",
         regions=(
             Region("b", (adapters["tom"], adapters["rex"]), LEFT),
-            Region("c", (), mask_image=tmp_path / "mask.png"),
+            Region("c", (), mask_image=tmp_path / "mask.png", negative_prompt="d"),
         ),
     )  # fmt: skip
     assert SampleOrder.from_json(order.to_json()) == order

@@ -166,9 +166,12 @@ def test_a_negative_prompt_names_subjects_as_a_prompt_does(
     settings: Settings, database: Database
 ) -> None:
     sampler = Stub()
-    submit(settings, database, negative_prompt="two of <rex>")
+    elsewhere = {"prompt": "a room", "box": [0, 0, 0.5, 1]}
+    submit(settings, database, negative_prompt="two of <rex>", regions=[elsewhere])
     carry_out(settings, database, sampler)
-    assert sampler.orders[0].negative_prompt == "two of sks dog"
+    (order,) = sampler.orders
+    assert order.negative_prompt == "two of sks dog"
+    assert order.regions[0].negative_prompt == "two of dog"
     with pytest.raises(InvalidRequest) as refused:
         submit(settings, database, negative_prompt="<fido>")
     assert [field.path for field in refused.value.fields] == ["negative_prompt"]
