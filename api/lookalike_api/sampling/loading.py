@@ -21,7 +21,7 @@ from lookalike_platform.errors import InvalidRequest
 from lookalike_registry.check import check_registered
 from lookalike_registry.safetensors_header import ITEM_BYTES, read_header
 from lookalike_registry.tensor_file import METHOD_KEY
-from lookalike_trainers.methods.find import rows_of
+from lookalike_trainers.methods import find
 from lookalike_trainers.methods.row_adapter import RowAdapter
 
 AROUND_A_TENSOR = 1280  # bytes that Python, torch and the allocator keep beside its numbers
@@ -89,8 +89,8 @@ def key_of(file: AdapterFile, base: Any) -> Key:
 
 
 def acts_on_rows(adapter: AdapterFile) -> bool:
-    """Whether the file's method acts on single rows. Raises InvalidRequest for an unsound file."""
-    acts: bool = named(adapter, lambda: rows_of(_about(adapter).method) is not None)
+    """Whether the file may act on single rows. Raises InvalidRequest for an unsound file."""
+    acts: bool = named(adapter, lambda: _about(adapter).by_row)
     return acts
 
 
@@ -99,9 +99,10 @@ def method_of(path: Path) -> str:
 
 
 class About(NamedTuple):
-    """tensors: how many; elements: of them all, by the bytes one takes in the file"""
+    """by_row: whether it may act on single rows; tensors: how many; elements: of them all, by the
+    bytes one takes in the file"""
 
-    method: str
+    by_row: bool
     tensors: int
     elements: Mapping[int, int]
 
@@ -110,10 +111,10 @@ class About(NamedTuple):
 def _about(adapter: AdapterFile) -> About:
     """What the header says: asked again and again while an order waits for room."""
     elements: Counter[int] = Counter()
-    tensors = read_header(adapter.path).tensors.values()
-    for tensor in tensors:
+    header = read_header(adapter.path)
+    for tensor in header.tensors.values():
         elements[ITEM_BYTES[tensor.dtype]] += math.prod(tensor.shape)
-    return About(method_of(adapter.path), len(tensors), elements)
+    return About(find.acts_on_rows(header), len(header.tensors), elements)
 
 
 def check(adapter: AdapterFile, base_folder: Path) -> None:
@@ -135,7 +136,7 @@ def _load(wanted: Wanted) -> RowAdapter | None:
     """What it raises names no adapter: orders share it, each of which has a name of its own."""
     file, base = wanted.file, wanted.base
     check_registered(file.path, file.digest, base.folder)
-    rows = rows_of(method_of(file.path))
+    rows = find.rows_of(method_of(file.path))
     assert rows is not None
     adapter = rows(base, file.path)
     if adapter is None:

@@ -8,9 +8,11 @@ import torch
 from lookalike_platform.conditioning import Text, predict
 from lookalike_registry.adapter_file import WEIGHTS_NAME
 from lookalike_registry.compose import rules
+from lookalike_registry.safetensors_header import read_header
 from lookalike_trainers.base_parts import BaseParts
 from lookalike_trainers.composition.parents import read
 from lookalike_trainers.methods.composition import load, rows, save
+from lookalike_trainers.methods.find import acts_on_rows
 from lookalike_trainers.methods.row_edits import RowEdits, Slot
 from support_formats import diffusers_paints, pipeline, same, we_paint
 from support_merging import Maker, asked, merged, saved
@@ -69,6 +71,7 @@ def test_a_merge_of_words_products_and_k_and_v_shares_a_batch_with_others(
         asked(base, strategy, [adapter(one, 0), adapter(other, 1)]), tmp_path
     )
     assert method == rules.COMPOSITION
+    assert acts_on_rows(read_header(file))
     parts, scale, prompt = BaseParts(base, CPU), 0.7, f"a {word} and a {word}-2"
     with torch.inference_mode():
         plain = answers(parts, prompt)["whole"]
@@ -102,6 +105,7 @@ def test_a_merge_that_changes_more_is_worn_by_the_base_as_a_whole(
 ) -> None:
     _, file, _, _ = saved(asked(base, strategy, [adapter(one, 0), adapter(other, 1)]), tmp_path)
     assert rows(BaseParts(base, CPU), file) is None
+    assert not acts_on_rows(read_header(file))  # known before anything of it is read or kept
 
 
 def test_a_dora_worn_with_a_gate_would_differ_from_their_merge(

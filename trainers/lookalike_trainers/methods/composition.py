@@ -27,7 +27,7 @@ from lookalike_registry.compose.low_rank import LowRank
 from lookalike_registry.compose.rules import COMPOSITION
 from lookalike_registry.formats.diffusers_lora import save_diffusers
 from lookalike_registry.products import Product, loaded_products, saved_products
-from lookalike_registry.safetensors_header import read_header
+from lookalike_registry.safetensors_header import Header, read_header
 from lookalike_registry.tensor_file import ADAPTER_NAME, adapter_info, nth_word, save_tensors
 from lookalike_trainers.methods import deltas, perfusion
 from lookalike_trainers.methods.custom_diffusion import projections
@@ -38,6 +38,8 @@ from lookalike_trainers.methods.row_adapter import Dense, RowAdapter, of_text, o
 from lookalike_trainers.methods.text_by_layer import cross_attention, take_own_text
 from lookalike_trainers.methods.tokens import PREFIX as TOKENS
 from lookalike_trainers.methods.tokens import wear_words
+
+KEYS_AND_VALUES = ("attn2.to_k.weight", "attn2.to_v.weight")
 
 
 @dataclass(frozen=True)
@@ -132,13 +134,23 @@ def wear(wearer: Wearer, file: Path, scale: float, word: str) -> TakeOff:
         return undo.pop_all().close
 
 
+def acts_on_rows(header: Header) -> bool:
+    """Not a file that changes other weights than K's and V's as a whole, and not one with gates:
+    they take away what the changed rows say, and rows of a batch have none of their own.
+
+    By the names alone: the whole deltas of a base are not to be read for the answer.
+    """
+    dense = [name for name in header.tensors if name.startswith(deltas.PREFIX)]
+    gates = any(name.startswith(f"{COMPOSITION}.") for name in header.tensors)
+    return not gates and all(name.endswith(KEYS_AND_VALUES) for name in dense)
+
+
 def rows(wearer: Wearer, file: Path) -> RowAdapter | None:
-    """None for a file that changes other weights than K's and V's as a whole, and for one with
-    gates: they take away what the changed rows say, and rows of a batch have none of their own."""
+    """None for a file that does not act on rows."""
+    if not acts_on_rows(read_header(file)):
+        return None
     change = load(file)
     kv = {f"unet.{name}.weight": name for name in projections(wearer.unet)}
-    if not change.deltas.keys() <= kv.keys() or any(s.gate for s in change.subjects):
-        return None
     _check_layers(wearer, file, change)
     products = {name: _product(pair) for name, pair in change.products.items()}
     return RowAdapter(
@@ -168,7 +180,7 @@ def _wear_words(wearer: Wearer, subjects: Sequence[Subject], word: str) -> TakeO
         for place, subject in enumerate(subjects, 1):
             own = {f"{TOKENS}{part}": tensor for part, tensor in subject.rows.items()}
             undo.callback(wear_words(wearer, own, nth_word(word, place), subject.layers))
-        most = max(subject.layers for subject in subjects)
+        most = max((subject.layers for subject in subjects), default=1)
         if most > 1:
             undo.callback(read_by_layer(wearer.text_encoders, most))
         return undo.pop_all().close

@@ -5,7 +5,10 @@ from typing import Any
 
 from lookalike_platform.errors import InvalidRequest
 from lookalike_registry.compose.rules import COMPOSITION
+from lookalike_registry.safetensors_header import Header
+from lookalike_registry.tensor_file import METHOD_KEY
 from lookalike_trainers.catalog import (
+    COMPOSITION_ACTS_ON_ROWS,
     COMPOSITION_ROWS,
     COMPOSITION_WEAR,
     METHODS,
@@ -31,6 +34,16 @@ def rows_of(method: str) -> Rows | None:
     """What lets its adapters act on single rows; None if they must be worn as a whole."""
     entry = COMPOSITION_ROWS if method == COMPOSITION else _info(method).rows
     return _load(entry) if entry else None
+
+
+def acts_on_rows(header: Header) -> bool:
+    """Whether a file, by its header, may act on single rows. Raises InvalidRequest if there is no
+    such method."""
+    method = header.metadata.get(METHOD_KEY, "lora")
+    if method == COMPOSITION:
+        acts: bool = _load(COMPOSITION_ACTS_ON_ROWS)(header)
+        return acts
+    return rows_of(method) is not None
 
 
 def _info(method: str) -> MethodInfo:
