@@ -42,7 +42,7 @@ class Group:
     waiting: deque[Batch] = field(default_factory=deque)
     acting: list[Batch] = field(default_factory=list)
     served: int = 0
-    """The turn it had last."""
+    """The turn it had last, or that in which it came: who comes later is not before it."""
 
     @property
     def batches(self) -> list[Batch]:
@@ -96,8 +96,8 @@ class Engine:
         try:
             group.base.wear(group.worn)
         except Exception as error:
-            for batch in group.batches:
-                self._end(batch.painting, told(error))
+            for painting in {batch.painting for batch in group.batches}:
+                self._end(painting, told(error))
             return True
         self._join(group)
         if group.acting:
@@ -131,7 +131,9 @@ class Engine:
 
     def _queue(self, painting: Painting) -> None:
         key = (painting.base, painting.kind)
-        group = self._groups.setdefault(key, Group(painting.base, painting.worn))
+        group = self._groups.setdefault(
+            key, Group(painting.base, painting.worn, served=self._turns)
+        )
         group.waiting.extend(painting.batches)
 
     def _next(self) -> Group | None:
@@ -198,7 +200,7 @@ class Engine:
             mine = [batch for batch in group.batches if batch.painting is painting]
             self._remove(painting)
             key = (group.base, group.worn, painting.number)
-            own = self._groups.setdefault(key, Group(group.base, group.worn))
+            own = self._groups.setdefault(key, Group(group.base, group.worn, served=self._turns))
             own.acting += [batch for batch in mine if batch.walk]
             own.waiting += [batch for batch in mine if not batch.walk]
 

@@ -116,7 +116,6 @@ class ResidentBase:
         self._silent_blank = bool(pipeline.config.get("force_zeros_for_empty_prompt"))
         self._texts: OrderedDict[tuple[object, ...], Read] = OrderedDict()
         self._worn: list[tuple[AdapterFile, TakeOff]] = []
-        self._sound: set[str] = set()  # digests: to hash gigabytes at each change takes too long
 
     def wear(self, adapters: Sequence[AdapterFile]) -> None:
         """Make the whole base wear exactly these, each at its scale.
@@ -131,9 +130,7 @@ class ResidentBase:
                 self._worn.pop()[1]()
             try:
                 for adapter in adapters:
-                    if adapter.digest not in self._sound:
-                        check(adapter, self.folder)
-                        self._sound.add(adapter.digest)
+                    check(adapter, self.folder)
                     put_on = wear_of(method_of(adapter.path))
                     self._worn.append(
                         (adapter, put_on(self, adapter.path, adapter.scale, adapter.word))

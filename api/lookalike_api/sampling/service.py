@@ -200,6 +200,7 @@ class SamplerService:
             # Orders from here on go to another process.
             if self._resident is resident:
                 self._resident = None
+                self.figures = {}  # what it held in memory went with it
             waiting = list(resident.answers.values())
         for answers in waiting:
             answers.put(None)

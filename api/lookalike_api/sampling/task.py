@@ -218,9 +218,9 @@ def _paint(
                         "because memory ran out. Ask for fewer or smaller images, and look at the "
                         "worker's log."
                     ) from died
-            if begun:
-                order = replace(order, alone=True, deadline=None)
-                _take_turn(held, should_stop)
+                if died.begun and begun == 1:  # the turn is its own from here to its end
+                    order = replace(order, alone=True, deadline=None)
+                    _take_turn(held, should_stop)
     return None
 
 

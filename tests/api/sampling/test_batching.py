@@ -259,6 +259,21 @@ def test_what_whole_bases_wear_takes_turns_and_nobody_waits_for_all_of_the_other
     engine.until(long)
 
 
+def test_what_comes_later_is_not_always_before_a_long_order_of_a_whole_base(
+    engine: Orders, trained_files: dict[str, AdapterFile], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lookalike_api.sampling import engine as module
+
+    monkeypatch.setattr(module, "STRETCH", 3)
+    first, *others = (trained_files[name] for name in WHOLE)
+    long = engine.send(**asked(0, first) | {"steps": 12})
+    waiting = [engine.send(**asked(1, others[0]) | {"steps": 2})]
+    for number in range(10):  # one of them always waits
+        waiting.append(engine.send(**asked(2, others[(number + 1) % 2]) | {"steps": 2}))
+        engine.until(waiting.pop(0))
+    assert long in [told["number"] for told in engine.told if told["type"] == "done"]
+
+
 def test_an_order_that_breaks_a_step_ends_alone(
     engine: Orders, loras: list[AdapterFile], monkeypatch: pytest.MonkeyPatch
 ) -> None:

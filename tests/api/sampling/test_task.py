@@ -126,6 +126,21 @@ def test_a_sampler_that_died_gets_the_order_again(settings: Settings, database: 
     assert [order.alone for order in sampler.orders] == [False, True]
 
 
+def test_a_second_try_that_dies_before_it_begins_is_followed_by_a_third(
+    settings: Settings, database: Database
+) -> None:
+    def die(order: SampleOrder, *_: Any) -> None:
+        if len(sampler.orders) < 3:
+            raise SamplerDied("it was killed by signal 9", begun=len(sampler.orders) == 1)
+
+    sampler = Stub(die)
+    job_id = submit(settings, database)
+    carry_out(settings, database, sampler)
+    assert look(database, job_id).job.state == "succeeded"
+    assert [order.alone for order in sampler.orders] == [False, True, True]
+    assert not task._suspect.locked()
+
+
 def test_determinism_and_the_deadline_reach_the_sampler(
     settings: Settings, database: Database
 ) -> None:
