@@ -17,8 +17,9 @@ from lookalike_registry.manifest import Manifest
 from lookalike_registry.tensor_file import nth_word
 from lookalike_trainers.catalog import METHODS
 
-BY_ROW = frozenset(info.name for info in METHODS if info.rows)
-"""Kinds of adapters that can act on a part of what the base does."""
+BY_ROW = frozenset({rules.COMPOSITION, *(info.name for info in METHODS if info.rows)})
+"""Kinds of adapters that can act on a part of what the base does. Of merged versions some can: the
+file tells, and the sampler refuses the others (parts.check_regional)."""
 
 
 @dataclass(frozen=True)

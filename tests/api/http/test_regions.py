@@ -134,7 +134,6 @@ def test_a_warning_says_which_region_it_is_about(api: Api) -> None:
         ({**PLAIN, "adapters": [{"ref": "rex"}, {"ref": "rex@1"}]}, "regions[0].adapters"),
         ({**PLAIN, "adapters": [{"ref": "far"}]}, "regions[0].adapters[0].ref"),
         ({**PLAIN, "adapters": [{"ref": "kim"}]}, "regions[0].adapters[0].ref"),
-        ({**PLAIN, "adapters": [{"ref": "all"}]}, "regions[0].adapters[0].ref"),
     ],
 )
 def test_a_region_that_cannot_be_painted_is_refused_by_its_field(
@@ -142,7 +141,6 @@ def test_a_region_that_cannot_be_painted_is_refused_by_its_field(
 ) -> None:
     api.add_version("rex")
     api.add_version("kim", method="dreambooth")
-    api.add_version("all", method="composition")
     api.add_version("far", base=str(save_base(tmp_path / "base")))
     known = {"WIDE": upload(api, (128, 64))}
     named = {field: known.get(str(value), value) for field, value in region.items()}
@@ -162,7 +160,7 @@ def test_a_region_that_later_ones_cover_is_refused_with_what_to_do(api: Api) -> 
 def test_how_regions_compose_belongs_to_regions(api: Api) -> None:
     assert paths_of(ask(api, compose="latents")) == ["compose"]
     assert paths_of(ask(api, PLAIN, compose="sum")) == ["compose"]
-    assert paths_of(ask(api, *[PLAIN] * 9)) == ["regions"]
+    assert paths_of(ask(api, *[PLAIN] * 13)) == ["regions"]
 
 
 def test_what_changes_the_base_as_a_whole_is_refused_with_the_other_way(
@@ -183,6 +181,12 @@ def test_what_changes_the_base_as_a_whole_is_refused_with_the_other_way(
     assert answer.status_code == 202
     together = problem_of(ask(api, {**PLAIN, "adapters": [*rex, *tom]}, compose="latents"), 422)
     assert '"compose": "latents"' in together["detail"]
+
+
+def test_a_merged_version_is_let_through_for_its_file_tells_where_it_can_act(api: Api) -> None:
+    """The sampler looks: tests/api/sampling/test_regions.py."""
+    api.add_version("duo", method="composition")
+    assert ask(api, {**PLAIN, "adapters": [{"ref": "duo"}]}).status_code == 202
 
 
 def test_what_regions_need_is_not_deleted_before_they_are_painted(api: Api) -> None:

@@ -19,8 +19,10 @@ from lookalike_platform.samplers import make_sampler
 from lookalike_trainers.base_parts import BaseParts
 from lookalike_trainers.methods.find import wear_of
 from support_images import picture
+from support_merging import asked, saved
 from support_methods import CARD, CPU, SIDE, trained
 from support_models import RESOLUTION, save_base
+from support_pairs import trained_adapter
 from support_sampling import LIBRARY_WARNINGS, Orders, engine_of, save_adapter
 
 pytestmark = LIBRARY_WARNINGS
@@ -29,6 +31,7 @@ ALL = (0.0, 0.0, 1.0, 1.0)
 LEFT, RIGHT = (0.0, 0.0, 0.5, 1.0), (0.5, 0.0, 1.0, 1.0)
 BY_ROW = ["t_lora", "ed_lora", "custom_diffusion", "perfusion", "textual_inversion"]
 WHOLE = ["dreambooth", "svdiff"]
+MERGED = {"words_and_kv": "textual_inversion", "kv_and_all": "dreambooth"}  # and Custom Diffusion
 both_ways = pytest.mark.parametrize("compose", ["attention", "latents"])
 
 
@@ -50,6 +53,14 @@ def adapters(base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dic
         path = method.save(tmp_path_factory.mktemp(name), CARD)
         word = f"adv_{name}" if method.module.text_encoders else ""
         made[name] = AdapterFile(f"{name}@1", sha256_file(path), path, 1.0, word)
+    for name, other in MERGED.items():
+        folder = tmp_path_factory.mktemp(name)
+        parents = [
+            trained_adapter(base_folder, folder, kind, number)
+            for number, kind in enumerate(("custom_diffusion", other))
+        ]
+        _, path, _, word = saved(asked(base_folder, "weighted_sum", parents), folder)
+        made[name] = AdapterFile(f"{name}@1", sha256_file(path), path, 1.0, word)
     return made
 
 
@@ -63,7 +74,7 @@ def apart(one: Any, other: Any) -> int:
 
 
 @both_ways
-@pytest.mark.parametrize("name", ["rex", "tom", *BY_ROW])
+@pytest.mark.parametrize("name", ["rex", "tom", *BY_ROW, "words_and_kv"])
 @pytest.mark.parametrize("regions", [(ALL,), (LEFT, RIGHT)], ids=["one region", "two halves"])
 def test_regions_that_say_the_same_everywhere_are_the_plain_request(
     engine: Orders,
@@ -251,7 +262,7 @@ def test_what_changes_the_base_as_a_whole_is_refused_in_the_attention_by_name(
     path = tmp_path / "dora.safetensors"
     digest = save_adapter(path, base_folder, dora=True)
     dora = AdapterFile("dora@2", digest, path, 1.0)
-    for file in (dora, adapters["dreambooth"]):
+    for file in (dora, adapters["dreambooth"], adapters["kv_and_all"]):
         for wanted in (
             {"regions": (Region("a", (file,), LEFT),)},
             {"adapters": (file,), "regions": (Region("a", (), LEFT),)},
