@@ -8,7 +8,7 @@ from lookalike_platform.device import device_of
 LEAST = 2**20
 # On a GPU as many for every 8 GiB: beside the steps its memory holds two bases, the adapters, and
 # what the autoencoder needs at the end.
-BYTES_A_PIXEL = 2**33 // LEAST
+BYTES = 2**33
 
 
 def batch_pixels(device: str) -> int:
@@ -16,4 +16,5 @@ def batch_pixels(device: str) -> int:
     found = device_of(device)
     if found.type != "cuda":
         return LEAST
-    return max(LEAST, torch.cuda.get_device_properties(found).total_memory // BYTES_A_PIXEL)
+    # To the nearest: drivers keep some of it, and a card of 80 GiB says 79.1.
+    return LEAST * max(1, round(torch.cuda.get_device_properties(found).total_memory / BYTES))

@@ -20,10 +20,12 @@ def test_a_cpu_makes_one_picture_of_1024_at_once() -> None:
 
 
 @pytest.mark.parametrize(("memory", "pictures"), [(4, 1), (8, 1), (24, 3), (80, 10)])
+@pytest.mark.parametrize("kept", [0.0, 0.4, 0.9])
 def test_a_gpu_makes_one_picture_of_1024_at_once_for_every_8_gib(
-    memory: int, pictures: int, monkeypatch: pytest.MonkeyPatch
+    kept: float, memory: int, pictures: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = SimpleNamespace(total_memory=memory * GIB)
+    """Of which its driver keeps some."""
+    found = SimpleNamespace(total_memory=int((memory - kept) * GIB))
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: found)
     assert batch_pixels("cuda") == pictures * 1024 * 1024
 
