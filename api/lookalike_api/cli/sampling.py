@@ -144,8 +144,10 @@ def _place(text: str) -> dict[str, Any]:
 
 
 def _listing(made: Json, files: list[str]) -> Any:
-    versions = ", ".join(f"{a['ref']} x {a['scale']:g}" for a in made["versions"]) or "none"
+    everywhere = [made, *made["regions"]]
+    used = [f"{a['ref']} x {a['scale']:g}" for place in everywhere for a in place["versions"]]
+    adapters = ", ".join(dict.fromkeys(used)) or "none"
     rows = (
-        (file, image["seed"], versions) for file, image in zip(files, made["images"], strict=True)
+        (file, image["seed"], adapters) for file, image in zip(files, made["images"], strict=True)
     )
     return table(("picture", "seed", "adapters"), rows, "No pictures.")

@@ -4,6 +4,7 @@ import json
 import threading
 import time
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
@@ -14,6 +15,27 @@ from lookalike_platform.settings import get_settings
 from support_api import Api
 from support_cli import Lookalike
 from support_images import photo
+
+
+def worker_of(api: Api, kind: str, result: dict[str, Any]) -> threading.Thread:
+    """Ends the first job of this kind that is queued with this result."""
+
+    def work() -> None:
+        query = f"/v1/jobs?kind={kind}&state=queued"
+        while not (waiting := api.http.get(query).json()["items"]):
+            time.sleep(0.02)
+        lease = leases.claim(api.context.db, waiting[0]["id"], "worker", 60)
+        assert lease is not None
+        leases.succeed(api.context.db, lease, result)
+
+    worker = threading.Thread(target=work)
+    worker.start()
+    return worker
+
+
+def painter_of(api: Api) -> threading.Thread:
+    made = [{"seed": 7, "sha256": api.context.blobs.put(b"PNG")}]
+    return worker_of(api, "generate", {"images": made, "warnings": [], "seconds": 1.0})
 
 
 @pytest.fixture
@@ -225,17 +247,7 @@ def test_pictures_to_start_from_are_uploaded_and_named(
     Image.new("RGB", (96, 64)).save(tmp_path / "photo.png")
     Image.new("L", (96, 64), 255).save(tmp_path / "mask.png")
 
-    def work() -> None:
-        query = "/v1/jobs?kind=generate&state=queued"
-        while not (waiting := api.http.get(query).json()["items"]):
-            time.sleep(0.02)
-        lease = leases.claim(api.context.db, waiting[0]["id"], "worker", 60)
-        assert lease is not None
-        made = [{"seed": 7, "sha256": api.context.blobs.put(b"PNG")}]
-        leases.succeed(api.context.db, lease, {"images": made, "warnings": [], "seconds": 1.0})
-
-    worker = threading.Thread(target=work)
-    worker.start()
+    worker = painter_of(api)
     photo, mask = tmp_path / "photo.png", tmp_path / "mask.png"
     options = ["--init-image", photo, "--mask", mask, "--strength", 0.6, "--eta", 0.5]
     options += ["--rescale", 0.7, "--interval", 0.2, 0.8, "--threshold", 0.99]
@@ -258,17 +270,7 @@ def test_regions_are_places_adapters_and_prompts(
     for name in ("rex", "tom"):
         api.add_version(name)
 
-    def work() -> None:
-        query = "/v1/jobs?kind=generate&state=queued"
-        while not (waiting := api.http.get(query).json()["items"]):
-            time.sleep(0.02)
-        lease = leases.claim(api.context.db, waiting[0]["id"], "worker", 60)
-        assert lease is not None
-        made = [{"seed": 7, "sha256": api.context.blobs.put(b"PNG")}]
-        leases.succeed(api.context.db, lease, {"images": made, "warnings": [], "seconds": 1.0})
-
-    worker = threading.Thread(target=work)
-    worker.start()
+    worker = painter_of(api)
     options = ["--region", f"{tmp_path / 'mask.png'} | | a room"]
     options += ["--region", "0,0,.5,1 | rex:0.8, tom@1 | <rex> | <tom>", "--compose", "latents"]
     ran = lookalike("sample", "a dog", *options, "--out", tmp_path, "--json")
@@ -281,6 +283,20 @@ def test_regions_are_places_adapters_and_prompts(
     uses = [(version["asked"], version["scale"]) for version in both["versions"]]
     assert uses == [("rex", 0.8), ("tom@1", 1.0)]
     assert ran.json["compose"] == "latents"
+
+
+def test_pictures_are_listed_with_the_adapters_of_their_regions(
+    lookalike: Lookalike, api: Api, tmp_path: Path
+) -> None:
+    for name in ("rex", "tom"):
+        api.add_version(name)
+    worker = painter_of(api)
+    options = ["--region", "0,0,.5,1 | rex:0.8, tom | a dog", "--region", ".5,0,1,1 | tom | a dog"]
+    ran = lookalike("sample", "a dog", *options, "--out", tmp_path)
+    worker.join()
+    assert ran.code == 0, ran.err
+    assert "rex@1 x 0.8, tom@1 x 1" in " ".join(ran.out.split())
+    assert "none" not in ran.out
 
 
 @pytest.mark.parametrize(
@@ -306,17 +322,8 @@ def test_an_evaluation_is_followed_and_its_figures_printed(lookalike: Lookalike,
     set_id = api.add_set()["id"]
     figure = {"mean": 0.5, "low": 0.25, "high": 0.75, "count": 8}
 
-    def work() -> None:
-        query = "/v1/jobs?kind=evaluate&state=queued"
-        while not (waiting := api.http.get(query).json()["items"]):
-            time.sleep(0.02)
-        lease = leases.claim(api.context.db, waiting[0]["id"], "worker", 60)
-        assert lease is not None
-        figures = {"subject_fidelity": {"dino": figure}}
-        leases.succeed(api.context.db, lease, {"figures": figures, "seconds": 1.0})
-
-    worker = threading.Thread(target=work)
-    worker.start()
+    figures = {"subject_fidelity": {"dino": figure}}
+    worker = worker_of(api, "evaluate", {"figures": figures, "seconds": 1.0})
     ran = lookalike("evaluate", "rex", "--subject-set", set_id)
     worker.join()
     assert ran.code == 0, ran.err
@@ -336,16 +343,7 @@ def test_a_merge_is_followed_and_its_version_told(lookalike: Lookalike, api: Api
     api.add_version("rex")
     api.add_version("tom", trigger="zwx")
 
-    def work() -> None:
-        query = "/v1/jobs?kind=compose&state=queued"
-        while not (waiting := api.http.get(query).json()["items"]):
-            time.sleep(0.02)
-        lease = leases.claim(api.context.db, waiting[0]["id"], "worker", 60)
-        assert lease is not None
-        leases.succeed(api.context.db, lease, {"ref": "duo@1"})
-
-    worker = threading.Thread(target=work)
-    worker.start()
+    worker = worker_of(api, "compose", {"ref": "duo@1"})
     ran = lookalike("compose", "duo", "rex@1", "tom:0.5", "--strategy", "svd", "--rank", "2")
     worker.join()
     assert ran.code == 0, ran.err
