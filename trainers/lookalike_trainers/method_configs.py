@@ -111,7 +111,7 @@ class CustomDiffusionConfig(TrainingConfig):
 
     learning_rate: float = Field(default=1e-4, gt=0, le=1)  # SD 1.5: 1e-5 x images in a step
     sizes: int = Field(default=8, ge=0, le=64)
-    also: tuple[SetId, ...] = Field(default=(), max_length=9)  # more subjects: sks-2, sks-3, …
+    also: tuple[SetId, ...] = Field(default=(), max_length=11)  # more subjects: sks-2, sks-3, …
     token_vectors: int = Field(default=1, ge=0, le=16)
     train_text_encoder: Literal[False] = False
 
