@@ -7,30 +7,26 @@ pair   two subjects, 50 prompts (25 scenes, either first): in how many pictures 
        pictures of each subject alone by its own adapter, against those of the other and of the base
        (concepts.Detector), in scenes and from seeds that no row has: a region of one subject would
        else be the very picture that was learned from. The base's row says how many count by luck.
-many   2, 4, 8 and 12 subjects merged: the share kept of what each adapter alone makes of the base's
-       picture, (cos(merged, solo) - cos(base, solo)) / (1 - cos(base, solo)), cosines of features
-       of pictures from the same prompt and noise, sums over the subjects. Beyond the folder's
-       subjects, the same with their colours turned by half a circle.
+many   2, 4, 8 and 12 subjects: what each keeps of what its adapter alone makes (many.py). Beyond
+       the folder's subjects, the same with their colours turned by half a circle.
 
 SUBJECTS is a folder as `lookalike dreambench` reads it. What was trained or painted before is taken
 from RESULTS; there the pictures lie, and `pair.png` shows some of each row.
 """
 
 import argparse
-import hashlib
 import itertools
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import orders
 import torch
-from concepts import Detector, Version, both, learn, merged, squares_of
+from concepts import MERGES, Bench, Detector, Order, Version, both, learn, squares_of
+from many import COUNTS, many
 from orders import Painter
 from PIL import Image, ImageDraw
-from torch.nn.functional import cosine_similarity
 
 from lookalike_api.sampling.messages import Region
 from lookalike_platform import bases
@@ -39,7 +35,6 @@ from lookalike_trainers.base_parts import BaseParts
 from lookalike_trainers.evaluation.bench import Workshop
 from lookalike_trainers.evaluation.dreambench import Subject, read_subjects
 from lookalike_trainers.evaluation.measures import bootstrap
-from lookalike_trainers.evaluation.request import SCENES as FEW_SCENES
 from lookalike_trainers.evaluation.trial import read_photos
 from lookalike_trainers.pretrain.scenes import COLOURS, PLACES
 
@@ -72,35 +67,9 @@ SOLO_SCENES = (  # of the same kinds, and none of them above
     "under a cloudy sky",
 )
 SOLO_SEEDS = 10_000
-MERGES = ("weighted_sum", "ssr", "fusion", "svd", "ties", "dare_linear")
-COUNTS = (2, 4, 8, 12)
-SEEDS = (0, 1)
 ENDS = ("left", "right")
 HALVES = ((0.0, 0.0, 0.5, 1.0), (0.5, 0.0, 1.0, 1.0))
 SHOWN = 10  # pictures of a row in pair.png
-
-Order = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Bench:
-    workshop: Workshop
-    painter: Painter
-    results: Path
-
-    def folder(self, name: str, orders: Sequence[Order]) -> Path:
-        key = hashlib.sha256(repr((self.painter.steps, orders)).encode()).hexdigest()
-        return self.results / "pictures" / name / key[:16]
-
-    def pictures(self, name: str, orders: Sequence[Order]) -> list[Image.Image]:
-        """Painted, or as they were painted before: kept by all that decides them."""
-        folder = self.folder(name, orders)
-        files = [folder / f"{number}.png" for number in range(len(orders))]
-        if not all(file.exists() for file in files):
-            folder.mkdir(parents=True, exist_ok=True)
-            for file, picture in zip(files, self.painter.paint(orders), strict=True):
-                picture.save(file)
-        return [Image.open(file).convert("RGB") for file in files]
 
 
 def pair(bench: Bench, subjects: tuple[Subject, Subject], steps: int) -> None:
@@ -114,9 +83,9 @@ def pair(bench: Bench, subjects: tuple[Subject, Subject], steps: int) -> None:
 
     rows: dict[str, list[Order]] = {"base": _together(nouns, [])}
     rows["joint training (Custom Diffusion)"] = _version(joint)
-    rows["closed_form (Custom Diffusion)"] = _version(_merge(bench, "closed_form", customs))
+    rows["closed_form (Custom Diffusion)"] = _version(bench.merged("closed_form", customs))
     for strategy in MERGES:
-        rows[f"{strategy} (LoRA)"] = _version(_merge(bench, strategy, loras))
+        rows[f"{strategy} (LoRA)"] = _version(bench.merged(strategy, loras))
     rows["regions, attention (LoRA)"] = _regions(loras, "attention")
     rows["regions, latents (LoRA)"] = _regions(loras, "latents")
 
@@ -149,55 +118,6 @@ def pair(bench: Bench, subjects: tuple[Subject, Subject], steps: int) -> None:
         print(f"| {name} | {' | '.join(_share(share) for share in shares)} |", flush=True)
     shown = {name: bench.pictures(f"{names}/{name}", asked) for name, asked in rows.items()}
     _sheet(shown).save(bench.results / "pair.png")
-
-
-def many(bench: Bench, subjects: Sequence[Subject], steps: int) -> None:
-    workshop = bench.workshop
-    loras, customs = (
-        [learn(workshop, method, steps, n, one) for n, one in enumerate(subjects)]
-        for method in ("lora", "custom_diffusion")
-    )
-    encoder = workshop.judges().subject[0]
-
-    def features(name: str, subject: Subject, called: str, worn: Sequence[Version]) -> torch.Tensor:
-        asked = [
-            {"worn": [v.worn() for v in worn], "prompt": s.format(subject=called), "seed": seed}
-            for s in FEW_SCENES
-            for seed in SEEDS
-        ]
-        return encoder.encode_images(bench.pictures(f"many/{name}/{subject.name}", asked))
-
-    plain = [features("base", s, s.about.class_noun, []) for s in subjects]
-    solo = {
-        method: [
-            features(f"solo {method}", subject, version.called()[0], [version])
-            for subject, version in zip(subjects, versions, strict=True)
-        ]
-        for method, versions in (("lora", loras), ("custom_diffusion", customs))
-    }
-    print(f"| strategy | {' | '.join(f'{n} subjects' for n in COUNTS)} |")
-    print(f"| --- {'| --- ' * len(COUNTS)}|")
-    for strategy in (*MERGES, "closed_form"):
-        parents = customs if strategy == "closed_form" else loras
-        shares = []
-        for count in COUNTS:
-            version = _merge(bench, strategy, parents[:count])
-            kept = gained = 0.0
-            for place in range(count):
-                called = version.called()[place]
-                alone = solo[parents[0].method][place]
-                found = features(f"{strategy}-{count}", subjects[place], called, [version])
-                start = float(cosine_similarity(plain[place], alone).mean())
-                kept += float(cosine_similarity(found, alone).mean()) - start
-                gained += 1 - start
-            shares.append(f"{kept / gained:.2f}")
-        print(f"| {strategy} | {' | '.join(shares)} |", flush=True)
-
-
-def _merge(bench: Bench, strategy: str, parents: Sequence[Version]) -> Version:
-    names = "-".join(parent.name for parent in parents)
-    folder = bench.results / "merged" / f"{strategy}-{parents[0].method}-{len(parents)}-{names}"
-    return merged(bench.workshop, strategy, parents, folder)
 
 
 def _orders(prompts: Sequence[str], worn: Sequence[Version], first: int = 0) -> list[Order]:

@@ -1,10 +1,13 @@
-"""Subjects learned for benchmarks of composition, merged, and looked for in pictures."""
+"""Subjects learned for benchmarks of composition, merged, painted, and looked for in pictures."""
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from orders import Painter
 from PIL import Image
 
 from lookalike_api.sampling.messages import AdapterFile
@@ -25,6 +28,10 @@ from lookalike_trainers.rare_tokens import rare_words
 PLACES = 5  # squares that are looked at in a picture
 NEAREST = 5  # known squares that a square is compared with
 RIDGE = 0.1  # of the features' mean variance
+MERGES = ("weighted_sum", "ssr", "fusion", "svd", "ties", "dare_linear")
+
+Order = dict[str, Any]
+"""As Painter.send takes it."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +62,32 @@ class Version:
         ]
 
 
+@dataclass(frozen=True)
+class Bench:
+    workshop: Workshop
+    painter: Painter
+    results: Path
+
+    def folder(self, name: str, orders: Sequence[Order]) -> Path:
+        key = hashlib.sha256(repr((self.painter.steps, orders)).encode()).hexdigest()
+        return self.results / "pictures" / name / key[:16]
+
+    def pictures(self, name: str, orders: Sequence[Order]) -> list[Image.Image]:
+        """Painted, or as they were painted before: kept by all that decides them."""
+        folder = self.folder(name, orders)
+        files = [folder / f"{number}.png" for number in range(len(orders))]
+        if not all(file.exists() for file in files):
+            folder.mkdir(parents=True, exist_ok=True)
+            for file, picture in zip(files, self.painter.paint(orders), strict=True):
+                picture.save(file)
+        return [Image.open(file).convert("RGB") for file in files]
+
+    def merged(self, strategy: str, parents: Sequence[Version]) -> Version:
+        names = "-".join(parent.name for parent in parents)
+        folder = self.results / "merged" / f"{strategy}-{parents[0].method}-{len(parents)}-{names}"
+        return _merge(self.workshop, strategy, parents, folder)
+
+
 def learn(workshop: Workshop, method: str, steps: int, number: int, *subjects: Subject) -> Version:
     """An adapter of these subjects; `number` counts the versions, each with a rare word."""
     first, *also = subjects
@@ -75,7 +108,7 @@ def learn(workshop: Workshop, method: str, steps: int, number: int, *subjects: S
     return Version("-".join(s.name for s in subjects), method, file, tuple(records))
 
 
-def merged(workshop: Workshop, strategy: str, parents: Sequence[Version], folder: Path) -> Version:
+def _merge(workshop: Workshop, strategy: str, parents: Sequence[Version], folder: Path) -> Version:
     """The parents as one version, kept in a folder of its own."""
     base, settings = workshop.base, workshop.settings
     request = CompositionRequest(
