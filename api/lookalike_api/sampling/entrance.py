@@ -86,8 +86,10 @@ class Entrance:
     def settle(self, painting: Painting) -> None:
         """Give back what is not to be told apart by rows after all: the whole base wears it.
 
-        Raises what loading an adapter raised, with the name that this order has for it.
+        Raises what loading or checking an adapter raised, with the name that this order has for it.
         """
+        for check in painting.checks:
+            check.result()
         for file, kept in list(painting.taken):
             if named(file, kept.value.result) is None:
                 painting.taken.remove((file, kept))
@@ -123,7 +125,12 @@ class Entrance:
         kept = self._adapters.take(base, by_row, only_there=only_there)
         if kept is None:
             return None
+        checks = [
+            self._adapters.look_through(base, file) for file in order.files if file not in by_row
+        ]
+        for check in checks:
+            check.add_done_callback(lambda _: self._wake())
         for each in kept:
             each.value.add_done_callback(lambda _: self._wake())
         taken = list(zip(by_row, kept, strict=True))
-        return Painting(one.number, order, base, taken, alone=order.alone)
+        return Painting(one.number, order, base, taken, checks, alone=order.alone)

@@ -7,7 +7,7 @@ alone in its place.
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -49,6 +49,8 @@ class Adapters:
         loaders = ThreadPoolExecutor(2, thread_name_prefix="adapters")
         # One at a time, so that what is copied always finds room on the host.
         copier = ThreadPoolExecutor(1, thread_name_prefix="copier")
+        # One at a time, so that who asks for the same file meanwhile finds it looked through.
+        self._checker = ThreadPoolExecutor(1, thread_name_prefix="checker")
         self.host: Cache[Key, Wanted, RowAdapter | None] = Cache(
             "host's adapter cache", host_bytes, _bytes, _load, loaders
         )
@@ -72,6 +74,10 @@ class Adapters:
         """All of them pinned, or None for as long as there is no room; see cache.py."""
         wanted = [(key_of(file, base), Wanted(file, base)) for file in files]
         return self.of(base).take(wanted, only_there=only_there)
+
+    def look_through(self, base: Any, file: AdapterFile) -> Future[None]:
+        """Check, beside other work, a file that the whole base is to wear; see `check`."""
+        return self._checker.submit(check, file, base.folder)
 
     def _copy(self, wanted: Wanted) -> RowAdapter | None:
         taken = self.host.take([(key_of(wanted.file, wanted.base), wanted)])
@@ -118,8 +124,28 @@ def _about(adapter: AdapterFile) -> About:
 
 
 def check(adapter: AdapterFile, base_folder: Path) -> None:
-    """Raises InvalidRequest, with the adapter's name, unless the file is whole and fits."""
-    named(adapter, lambda: check_registered(adapter.path, adapter.digest, base_folder))
+    """Raises InvalidRequest, with the adapter's name, unless the file is whole and fits.
+
+    It is read through once, and again only after it has changed on disk: a base puts adapters on
+    and off in each step where regions are composed in the latents, and files of whole bases have
+    gigabytes.
+    """
+
+    def look() -> None:
+        found = adapter.path.stat()
+        _sound(
+            adapter.path,
+            adapter.digest,
+            base_folder,
+            (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns),
+        )
+
+    named(adapter, look)
+
+
+@lru_cache(maxsize=4096)
+def _sound(path: Path, digest: str, base_folder: Path, stamp: tuple[int, ...]) -> None:
+    check_registered(path, digest, base_folder)
 
 
 def named(adapter: AdapterFile, look: Callable[[], Any]) -> Any:

@@ -1,6 +1,7 @@
 """One order on its way through the engine. Imports torch."""
 
 from collections.abc import Hashable
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,19 +27,21 @@ class Painting:
     """An order, what it holds in memory, and its pictures as they come.
 
     taken: adapters that act on single rows, pinned in their cache; the whole base wears the others
+    checks: of the files of these, which are looked through meanwhile
     """
 
     number: int
     order: SampleOrder
     base: ResidentBase
     taken: list[tuple[AdapterFile, Kept[Any]]] = field(default_factory=list)
+    checks: list[Future[None]] = field(default_factory=list)
     alone: bool = False
     batches: list["Batch"] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
     @property
     def loaded(self) -> bool:
-        return all(kept.value.done() for _, kept in self.taken)
+        return all(one.done() for one in [*self.checks, *(kept.value for _, kept in self.taken)])
 
     @property
     def late(self) -> bool:

@@ -20,18 +20,26 @@ PREFIX = "delta."
 
 
 class _Worn:
-    """One parameter's own values, and what is added to them at present."""
+    """One parameter's own values, and what is added to them at present.
+
+    The sum is a tensor of its own: the base's values are not copied, to be kept or to be put back.
+    """
 
     def __init__(self, parameter: nn.Parameter) -> None:
-        self.own = parameter.detach().clone()
+        self.own = parameter.data
         self.added: dict[object, torch.Tensor] = {}
 
     def apply(self, parameter: nn.Parameter) -> None:
-        total = self.own
-        if self.added:
-            total = self.own.float() + torch.stack(list(self.added.values())).sum(0)
-        with torch.no_grad():
-            parameter.copy_(total)
+        parameter.data = self._total()
+
+    def _total(self) -> torch.Tensor:
+        if not self.added:
+            return self.own
+        first, *others = self.added.values()
+        total = self.own + first  # float32, as changes are
+        for change in others:
+            total += change
+        return total.to(self.own.dtype)
 
 
 _worn = WeakTensorKeyDictionary()
