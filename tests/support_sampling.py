@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from lookalike_api.sampling.messages import SampleOrder
-from lookalike_platform.errors import InvalidRequest
+from lookalike_platform.errors import of_problem
 from lookalike_registry.adapter_file import LoraCard, LoraShape, save_lora
 
 LIBRARY_WARNINGS = [
@@ -176,10 +176,10 @@ class Orders:
                 self.told.append(self._said.get_nowait())
 
     def pictures(self, number: int) -> list[Any]:
-        """Raises InvalidRequest for an order that ended with a problem."""
+        """Raises what an order ended with, if that is a problem."""
         (end,) = self.until(number)
         if end["type"] == "error":
-            raise InvalidRequest(end["problem"]["detail"])
+            raise of_problem(end["problem"])
         assert end["type"] == "done", end
         return [numpy.asarray(Image.open(path)) for path in end["images"]]
 

@@ -8,12 +8,14 @@ LookalikeError
 ├── TooLarge            413  a body or file above its limit
 ├── TooMany             429  too much is waiting already; `retry_after` says when to come again
 ├── CapabilityMissing   501  an optional part is not installed or not configured
+├── TooLate             504  not begun by its deadline
 └── TrainingFailed      500  a run that stopped: cause, step, remedy
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -83,8 +85,23 @@ class CapabilityMissing(LookalikeError):
     status, slug, title = 501, "capability-missing", "This part is not installed or configured"
 
 
+class TooLate(LookalikeError):
+    status, slug, title = 504, "too-late", "Its deadline has passed"
+
+
 class TrainingFailed(LookalikeError):
     slug, title = "training-failed", "The training run stopped"
+
+
+def of_problem(problem: Mapping[str, Any]) -> LookalikeError:
+    """The error that another process told as its problem document."""
+    kinds = {
+        f"urn:lookalike:problem:{kind.slug}": kind
+        for kind in (InvalidRequest, UnknownBase, CapabilityMissing, TooLate)
+    }
+    kind = kinds.get(problem["type"], LookalikeError)
+    fields = [FieldProblem(one["path"], one["message"]) for one in problem.get("errors", [])]
+    return kind(problem["detail"], fields)
 
 
 @contextmanager

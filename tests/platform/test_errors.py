@@ -1,3 +1,5 @@
+import json
+
 import pytest
 
 from lookalike_platform.errors import (
@@ -5,8 +7,10 @@ from lookalike_platform.errors import (
     InvalidRequest,
     LookalikeError,
     NotFound,
+    TooLate,
     UnknownBase,
     fault_of,
+    of_problem,
 )
 
 
@@ -36,3 +40,18 @@ def test_a_look_up_that_fails_is_the_fault_of_a_field(
         raise raised("there is no rex@3")
     assert type(refused.value) is told
     assert refused.value.fields == [FieldProblem("adapters[0].ref", "there is no rex@3")]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        InvalidRequest("no", [FieldProblem("unet.to_k", "is [4, 32], the base needs [4, 16]")]),
+        UnknownBase("there is no such base"),
+        TooLate("too much else was waiting"),
+        LookalikeError("out of memory"),
+    ],
+)
+def test_an_error_comes_whole_from_another_process(error: LookalikeError) -> None:
+    again = of_problem(json.loads(json.dumps(error.problem())))
+    assert type(again) is type(error)
+    assert again.problem() == error.problem()

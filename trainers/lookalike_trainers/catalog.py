@@ -25,6 +25,8 @@ class MethodInfo(BaseModel):
     entry: str  # "module:function" that builds it (methods/method.py), imported by ranks only
     wear: str  # "module:function" that lets a saved adapter act, imported where torch runs
     rows: str | None = None  # the same for single rows of a batch, where that is possible
+    prepare: str | None = None  # does ahead, beside other work, what `wear` would take long for
+    acts_on_rows: str | None = None  # whether a file can, by its header; None: all of the method do
 
 
 METHODS = [
@@ -35,6 +37,7 @@ METHODS = [
         entry="lookalike_trainers.methods.lora:build",
         wear="lookalike_trainers.methods.lora:wear",
         rows="lookalike_trainers.methods.lora:rows",
+        acts_on_rows="lookalike_trainers.methods.lora:acts_on_rows",
     ),
     MethodInfo(
         name="t_lora",
@@ -59,6 +62,7 @@ METHODS = [
         entry="lookalike_trainers.methods.custom_diffusion:build",
         wear="lookalike_trainers.methods.custom_diffusion:wear",
         rows="lookalike_trainers.methods.custom_diffusion:rows",
+        acts_on_rows="lookalike_trainers.methods.custom_diffusion:acts_on_rows",
     ),
     MethodInfo(
         name="svdiff",
@@ -66,6 +70,7 @@ METHODS = [
         config=SvdiffConfig,
         entry="lookalike_trainers.methods.svdiff:build",
         wear="lookalike_trainers.methods.svdiff:wear",
+        prepare="lookalike_trainers.methods.svdiff:prepare",
     ),
     MethodInfo(
         name="dreambooth",

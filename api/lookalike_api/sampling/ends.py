@@ -5,11 +5,11 @@ from typing import Any
 
 import torch
 
-from lookalike_platform.errors import LookalikeError
+from lookalike_platform.errors import LookalikeError, TooLate
 from lookalike_platform.jobs.reaper import LATE
 
 CANCELED = {"type": "canceled"}
-TOO_LATE = {"type": "error", "problem": LookalikeError(LATE).problem()}
+TOO_LATE = {"type": "error", "problem": TooLate(LATE).problem()}
 
 
 def told(error: BaseException) -> dict[str, Any]:

@@ -7,14 +7,14 @@ order ──→ waiting ──→ group ──→ batch, step by step ──→ 
 
 A group takes more orders in before any step (continuous batching) while their pixels fit. Groups
 take turns. To change what a whole base wears takes time, so that it happens only after `STRETCH`
-turns, if others wait for it.
+turns, if others wait for it; where it happens within each step (regions in the latents), each
+change counts as a turn.
 """
 
 from collections import deque
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from itertools import groupby
 from typing import Any
 
 import torch
@@ -35,10 +35,13 @@ STRETCH = 32
 
 @dataclass(eq=False)
 class Group:
-    """Batches that can share a call of the denoiser: those in it, and those that will join."""
+    """Batches that can share a call of the denoiser: those in it, and those that will join.
+
+    worn: what the whole base wears for them; None if it changes clothes within each step
+    """
 
     base: ResidentBase
-    worn: tuple[AdapterFile, ...]
+    worn: tuple[AdapterFile, ...] | None
     waiting: deque[Batch] = field(default_factory=deque)
     acting: list[Batch] = field(default_factory=list)
     served: int = 0
@@ -73,6 +76,7 @@ class Engine:
         self._groups: dict[Hashable, Group] = {}
         self._turns = 0
         self._stretch = 0
+        self._last: Group | None = None
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="writer")
 
     def accept(self, number: int, order: SampleOrder) -> None:
@@ -93,8 +97,10 @@ class Engine:
             return False
         self._turns += 1
         group.served = self._turns
+        self._last = group
         try:
-            group.base.wear(group.worn)
+            if group.worn is not None:
+                group.base.wear(group.worn)
         except Exception as error:
             for painting in {batch.painting for batch in group.batches}:
                 self._end(painting, told(error))
@@ -139,7 +145,10 @@ class Engine:
     def _next(self) -> Group | None:
         """The group whose last turn is longest ago, of those for which nothing is to be changed."""
         groups = sorted(self._groups.values(), key=lambda group: group.served)
-        ready = [group for group in groups if group.base.worn == group.worn]
+        if self._last and self._last.worn is None:  # it goes on: it has a stretch, too
+            ready = [self._last]
+        else:
+            ready = [group for group in groups if group.worn == group.base.worn]
         if ready and (len(ready) == len(groups) or self._stretch < STRETCH):
             self._stretch += 1
             return ready[0]
@@ -172,8 +181,10 @@ class Engine:
 
     def _step(self, group: Group) -> None:
         try:  # asking takes memory too, and leaves the walks where they stand
-            asked = [batch.asked() for batch in group.acting]
-            said = iter(_told_by(group.base, [one for parts in asked for one in parts]))
+            asked = [one for batch in group.acting for one in batch.asked()]
+            if group.worn is None:
+                self._stretch += len(asked) - 1
+            said = iter(_told_by(group.base, asked, self._batch_pixels))
         except Exception as error:
             self._apart(group, error)
             return
@@ -199,7 +210,7 @@ class Engine:
             painting.alone = True
             mine = [batch for batch in group.batches if batch.painting is painting]
             self._remove(painting)
-            key = (group.base, group.worn, painting.number)
+            key = (group.base, painting.kind)
             own = self._groups.setdefault(key, Group(group.base, group.worn, served=self._turns))
             own.acting += [batch for batch in mine if batch.walk]
             own.waiting += [batch for batch in mine if not batch.walk]
@@ -267,6 +278,8 @@ class Engine:
             group.waiting = deque(b for b in group.waiting if b.painting is not painting)
         # One that is left empty would keep its base in memory when another is to take its place.
         self._groups = {key: group for key, group in self._groups.items() if group.batches}
+        if self._last not in self._groups.values():
+            self._last = None
 
 
 def _decoded(base: ResidentBase, batches: list[Batch]) -> None:
@@ -276,12 +289,11 @@ def _decoded(base: ResidentBase, batches: list[Batch]) -> None:
         batch.pictures = [next(pictures) for _ in batch.numbers]
 
 
-def _told_by(base: ResidentBase, asked: list[Asked]) -> list[torch.Tensor]:
-    """What the denoiser predicts; it is called once for what neighbours want it to wear."""
+def _told_by(base: ResidentBase, asked: Sequence[Asked], most: int) -> list[torch.Tensor]:
+    """What the denoiser predicts."""
     said: list[torch.Tensor] = []
-    for worn, same in groupby(asked, key=lambda one: one.worn):
-        rows = list(same)
-        base.wear(worn)
+    for rows in _calls(asked, most):
+        base.wear(rows[0].worn)
         base.edits.put_on([one.slot for one in rows])
         said += predict(
             base.unet,
@@ -290,3 +302,16 @@ def _told_by(base: ResidentBase, asked: list[Asked]) -> list[torch.Tensor]:
             Text.cat(same_depth([one.text for one in rows])),
         ).split([len(one.seen) for one in rows])
     return said
+
+
+def _calls(asked: Sequence[Asked], most: int) -> list[list[Asked]]:
+    """One for neighbours that want the base to wear the same, as far as their pixels fit."""
+    calls: list[list[Asked]] = []
+    for one in asked:
+        call = calls[-1] if calls else []
+        fits = sum(other.pixels for other in call) + one.pixels <= most
+        if call and fits and call[0].worn == one.worn:
+            call.append(one)
+        else:
+            calls.append([one])
+    return calls

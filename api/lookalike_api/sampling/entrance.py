@@ -84,22 +84,19 @@ class Entrance:
         return loaded
 
     def settle(self, painting: Painting) -> None:
-        """Give back what is not to be told apart by rows after all: the whole base wears it.
-
-        Raises what loading or checking an adapter raised, with the name that this order has for it.
-        """
+        """Raises what loading or checking an adapter raised, with this order's name for it."""
         for check in painting.checks:
             check.result()
-        for file, kept in list(painting.taken):
-            if named(file, kept.value.result) is None:
-                painting.taken.remove((file, kept))
-                self._adapters.of(painting.base).give_back(kept)
+        for file, kept in painting.taken:
+            named(file, kept.value.result)
 
     def leave(self, painting: Painting) -> None:
         """What it had in memory may make room again, for an order of which it was said that there
         is none: it is let in at the next turn."""
         if painting in self.loading:
             self.loading.remove(painting)
+        for check in painting.checks:
+            check.cancel()  # one that has not begun: others wait for theirs
         cache = self._adapters.of(painting.base)
         while painting.taken:
             cache.give_back(painting.taken.pop()[1])

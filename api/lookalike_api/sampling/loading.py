@@ -40,10 +40,7 @@ class Wanted:
 
 
 class Adapters:
-    """The adapters that act on single rows, those used last: on the host, and on its device.
-
-    A value is None where a file, against its method's habit, must be worn by the whole base.
-    """
+    """The adapters that act on single rows, those used last: on the host, and on its device."""
 
     def __init__(self, host_bytes: int, device_bytes: int) -> None:
         loaders = ThreadPoolExecutor(2, thread_name_prefix="adapters")
@@ -51,14 +48,15 @@ class Adapters:
         copier = ThreadPoolExecutor(1, thread_name_prefix="copier")
         # One at a time, so that who asks for the same file meanwhile finds it looked through.
         self._checker = ThreadPoolExecutor(1, thread_name_prefix="checker")
-        self.host: Cache[Key, Wanted, RowAdapter | None] = Cache(
+        self._prepared: set[Key] = set()
+        self.host: Cache[Key, Wanted, RowAdapter] = Cache(
             "host's adapter cache", host_bytes, _bytes, _load, loaders
         )
-        self.device: Cache[Key, Wanted, RowAdapter | None] = Cache(
+        self.device: Cache[Key, Wanted, RowAdapter] = Cache(
             "device's adapter cache", device_bytes, _bytes, self._copy, copier
         )
 
-    def of(self, base: Any) -> Cache[Key, Wanted, RowAdapter | None]:
+    def of(self, base: Any) -> Cache[Key, Wanted, RowAdapter]:
         """Where a base's adapters are taken from."""
         return self.host if base.device.type == "cpu" else self.device
 
@@ -70,22 +68,28 @@ class Adapters:
 
     def take(
         self, base: Any, files: Sequence[AdapterFile], *, only_there: bool = False
-    ) -> list[Kept[RowAdapter | None]] | None:
+    ) -> list[Kept[RowAdapter]] | None:
         """All of them pinned, or None for as long as there is no room; see cache.py."""
         wanted = [(key_of(file, base), Wanted(file, base)) for file in files]
         return self.of(base).take(wanted, only_there=only_there)
 
     def look_through(self, base: Any, file: AdapterFile) -> Future[None]:
-        """Check, beside other work, a file that the whole base is to wear; see `check`."""
-        return self._checker.submit(check, file, base.folder)
+        """Check, beside other work, a file that the whole base is to wear; see `check`. What takes
+        long to compute of the base for it is in the cache then."""
+        return self._checker.submit(self._look_through, base, file)
 
-    def _copy(self, wanted: Wanted) -> RowAdapter | None:
+    def _look_through(self, base: Any, file: AdapterFile) -> None:
+        check(file, base.folder)
+        if key_of(file, base) not in self._prepared:
+            find.prepare(method_of(file.path), base, file.path)
+            self._prepared.add(key_of(file, base))
+
+    def _copy(self, wanted: Wanted) -> RowAdapter:
         taken = self.host.take([(key_of(wanted.file, wanted.base), wanted)])
         assert taken is not None, "one at a time, and none is larger than the host's budget"
         (kept,) = taken
         try:
-            adapter = kept.value.result()
-            return adapter and adapter.to(wanted.base.device, wanted.base.dtype)
+            return kept.value.result().to(wanted.base.device, wanted.base.dtype)
         finally:
             self.host.give_back(kept)
 
@@ -95,7 +99,7 @@ def key_of(file: AdapterFile, base: Any) -> Key:
 
 
 def acts_on_rows(adapter: AdapterFile) -> bool:
-    """Whether the file may act on single rows. Raises InvalidRequest for an unsound file."""
+    """Whether the file can act on single rows. Raises InvalidRequest for an unsound file."""
     acts: bool = named(adapter, lambda: _about(adapter).by_row)
     return acts
 
@@ -105,7 +109,7 @@ def method_of(path: Path) -> str:
 
 
 class About(NamedTuple):
-    """by_row: whether it may act on single rows; tensors: how many; elements: of them all, by the
+    """by_row: whether it can act on single rows; tensors: how many; elements: of them all, by the
     bytes one takes in the file"""
 
     by_row: bool
@@ -158,15 +162,11 @@ def named(adapter: AdapterFile, look: Callable[[], Any]) -> Any:
         raise InvalidRequest(f"{adapter.ref}: its file is gone.") from error
 
 
-def _load(wanted: Wanted) -> RowAdapter | None:
+def _load(wanted: Wanted) -> RowAdapter:
     """What it raises names no adapter: orders share it, each of which has a name of its own."""
     file, base = wanted.file, wanted.base
     check_registered(file.path, file.digest, base.folder)
-    rows = find.rows_of(method_of(file.path))
-    assert rows is not None
-    adapter = rows(base, file.path)
-    if adapter is None:
-        return None
+    adapter = find.rows_of(method_of(file.path))(base, file.path)
     base.edits.check(adapter)
     return adapter.to(torch.device("cpu"), base.dtype)
 

@@ -53,17 +53,21 @@ class Painting:
         return all(batch.pictures for batch in self.batches)
 
     @property
-    def worn(self) -> tuple[AdapterFile, ...]:
-        """Of the order's own adapters those that the whole base wears."""
+    def worn(self) -> tuple[AdapterFile, ...] | None:
+        """Of the order's own adapters those that the whole base wears; None if regions have such,
+        too, so that it changes clothes within each step."""
         by_row = dict(self.taken)
-        return tuple(file for file in self.order.adapters if file not in by_row)
+        whole = [file for file in self.order.files if file not in by_row]
+        if whole and self.order.regions:
+            return None
+        return tuple(whole)
 
     @property
     def kind(self) -> Hashable:
         """Pictures of one kind can share a call of the denoiser: their texts are of one length,
         and the base wears the same for all that is asked of them."""
-        order, by_row = self.order, dict(self.taken)
-        own = self.alone or (order.regions and any(file not in by_row for file in order.files))
+        order = self.order
+        own = self.alone or self.worn is None
         beside = len(order.regions) if order.compose == ATTENTION else 0
         return order.width, order.height, self.worn, beside, self.number if own else None
 
@@ -137,8 +141,13 @@ class Batch:
 
     @property
     def pixels(self) -> int:
-        order = self.painting.order
-        return order.width * order.height * len(self.numbers) * self.painting.questions
+        """Of all that is asked in a step."""
+        return self.part_pixels * self.painting.questions
+
+    @property
+    def part_pixels(self) -> int:
+        """Of what one part asks: of all the pictures."""
+        return self.painting.order.width * self.painting.order.height * len(self.numbers)
 
     def asked(self) -> list["Asked"]:
         """What this step wants to know of the denoiser, part by part."""
@@ -162,7 +171,7 @@ class Batch:
                 for part in self.parts
             ]
         return [
-            Asked(seen, timesteps, part.text[rows], slot, part.worn)
+            Asked(seen, timesteps, part.text[rows], slot, part.worn, self.part_pixels)
             for part, slot in zip(self.parts, self._slots[walk.guided], strict=True)
         ]
 
@@ -185,14 +194,15 @@ class Batch:
 
 @dataclass(frozen=True)
 class Asked:
-    """Rows of a batch: latents [rows, c, h, w], timesteps [rows], texts, and what they, and the
-    whole base, wear."""
+    """Rows of a batch: latents [rows, c, h, w], timesteps [rows], texts, what they, and the whole
+    base, wear, and the pixels of their pictures."""
 
     seen: torch.Tensor
     timesteps: torch.Tensor
     text: Text
     slot: Slot
     worn: tuple[AdapterFile, ...]
+    pixels: int
 
 
 def placed(said: list[torch.Tensor], places: list[torch.Tensor | None]) -> torch.Tensor:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lookalike_api.sampling.messages import SampleOrder
-from lookalike_platform.errors import InvalidRequest, LookalikeError
+from lookalike_platform.errors import LookalikeError, of_problem
 from lookalike_platform.process import COMPUTE, spawn_group
 
 # What the process says; None when it says no more.
@@ -139,7 +139,7 @@ class SamplerService:
                 case "canceled":
                     return None
                 case "error":
-                    raise InvalidRequest(answer["problem"]["detail"])
+                    raise of_problem(answer["problem"])
                 case "crash":
                     raise LookalikeError(
                         f"The pictures could not be made ({answer['detail']}). The worker's log "

@@ -9,7 +9,7 @@ from sqlalchemy import func, select, update
 
 from lookalike_platform.db.engine import Database
 from lookalike_platform.db.tables import Attempt, Job, Outbox
-from lookalike_platform.errors import LookalikeError
+from lookalike_platform.errors import LookalikeError, TooLate
 from lookalike_platform.jobs import lease, states
 
 RESEND_SECONDS = (60.0, 900.0)
@@ -95,7 +95,7 @@ def _end_late(db: Database, now: float) -> list[str]:
             still = update(Job).where(Job.id == job_id, *late).values(lease_owner=None)
             job = session.scalar(still.returning(Job))
             if job is not None:
-                lease.finish(session, job, states.FAILED, error=LookalikeError(LATE).problem())
+                lease.finish(session, job, states.FAILED, error=TooLate(LATE).problem())
     return [states.FAILED for _ in job_ids]
 
 

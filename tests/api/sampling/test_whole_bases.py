@@ -2,16 +2,20 @@
 
 import threading
 from collections import Counter
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 
+from lookalike_api.sampling.engine import STRETCH
 from lookalike_api.sampling.messages import AdapterFile, Region
 from lookalike_platform.files import sha256_file
 from lookalike_registry import check
+from lookalike_trainers.methods import svdiff
 from support_methods import CARD, trained
-from support_sampling import LIBRARY_WARNINGS, Orders, engine_of
+from support_sampling import LIBRARY_WARNINGS, Orders, engine_of, save_adapter
 
 pytestmark = LIBRARY_WARNINGS
 
@@ -46,6 +50,11 @@ def read(monkeypatch: pytest.MonkeyPatch) -> Counter[Path]:
 
     monkeypatch.setattr(check, "sha256_file", counted)
     return counts
+
+
+def apart(one: Any, other: Any) -> int:
+    """The largest difference, in 255ths."""
+    return int(abs(numpy.stack(one).astype(int) - numpy.stack(other).astype(int)).max())
 
 
 def flip(path: Path) -> None:
@@ -94,3 +103,99 @@ def test_a_file_is_looked_through_while_others_are_painted(
     opened.set()
     (end,) = engine.until(waits)
     assert end["type"] == "done"
+
+
+def changes_of(engine: Orders) -> list[tuple[str, ...]]:
+    """What the base put on, one after the other, from now on."""
+    (base,) = engine.engine._bases._bases.values()
+    changes: list[tuple[str, ...]] = []
+    wear = base.wear
+
+    def seen(worn: Any) -> None:
+        if tuple(worn) != base.worn:
+            changes.append(tuple(file.ref for file in worn))
+        wear(worn)
+
+    base.wear = seen  # type: ignore[method-assign]
+    return changes
+
+
+@pytest.mark.parametrize("last", ["whole", "nothing"])
+def test_an_order_whose_regions_change_the_base_in_each_step_has_stretches_like_any(
+    engine: Orders, files: list[AdapterFile], last: str
+) -> None:
+    """It does not make others wait for its changes between any two steps of theirs."""
+    engine.paint()
+    changes = changes_of(engine)
+    worn = (files[1],) if last == "whole" else ()
+    regions = (Region("a", files[:1], LEFT), Region("b", worn, RIGHT))
+    both = engine.send(regions=regions, compose="latents", steps=30), engine.send(steps=30)
+    assert [end["type"] for end in engine.until(*both)] == ["done", "done"]
+    order = [told["number"] for told in engine.told if told["type"] == "progress"]
+    turns = [[*same] for _, same in groupby(order)]
+    assert len(turns) <= 5
+    assert max(map(len, turns)) <= STRETCH
+    assert changes  # the base did change
+
+
+def test_regions_in_the_latents_are_asked_about_in_as_many_calls_as_their_pixels_need(
+    base_folder: Path,
+) -> None:
+    regions = tuple(Region("a", (), (x / 4, 0.0, (x + 1) / 4, 1.0)) for x in range(4))
+    small, large = (engine_of(base_folder, batch_pixels=n * 64 * 64) for n in (2, 8))
+    painted = []
+    for engine, rows in ((small, [4, 4]), (large, [8])):
+        engine.paint()
+        (base,) = engine.engine._bases._bases.values()
+        called: list[int] = []
+        base.unet.register_forward_pre_hook(lambda _, args, seen=called: seen.append(len(args[0])))
+        painted.append(engine.paint(regions=regions, compose="latents", steps=1))
+        assert called == rows
+    assert apart(*painted) <= 1
+
+
+def test_a_dora_is_for_the_whole_base_from_the_first_look_at_its_file(
+    engine: Orders, base_folder: Path, tmp_path: Path, read: Counter[Path]
+) -> None:
+    """Its header says so: nothing of it fills the cache, or is refused for it."""
+    path = tmp_path / "dora.safetensors"
+    dora = AdapterFile("dora@1", save_adapter(path, base_folder, dora=True), path, 1.0)
+    narrow = engine_of(base_folder, adapter_bytes=1)
+    narrow.paint(adapters=(dora,))
+    assert narrow.engine.adapters.host.counts.loads == 0
+    assert read == {path: 1}
+
+
+def test_a_file_that_nobody_waits_for_any_more_is_not_looked_through(
+    engine: Orders, files: list[AdapterFile], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened, seen = threading.Event(), []
+
+    def slow(path: Path) -> Any:
+        seen.append(path)
+        assert opened.wait(20)
+        return sha256_file(path)
+
+    monkeypatch.setattr(check, "sha256_file", slow)
+    first, second = (engine.send(adapters=(file,)) for file in files)
+    engine.engine.turn()
+    engine.engine.cancel(second)
+    opened.set()
+    assert [end["type"] for end in engine.until(first, second)] == ["done", "canceled"]
+    assert seen == [files[0].path]
+
+
+def test_what_takes_long_to_compute_of_the_base_is_computed_beside_other_work(
+    engine: Orders, files: list[AdapterFile], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SVDiff's decompositions: of a large base they take minutes."""
+    threads: Counter[str] = Counter()
+    decomposed = svdiff._svd
+
+    def seen(matrix: Any) -> Any:
+        threads[threading.current_thread().name.partition("_")[0]] += 1
+        return decomposed(matrix)
+
+    monkeypatch.setattr(svdiff, "_svd", seen)
+    engine.paint(adapters=files[1:])
+    assert threads.keys() == {"checker"}

@@ -104,8 +104,7 @@ def test_a_merge_that_changes_more_is_worn_by_the_base_as_a_whole(
     base: Path, adapter: Maker, tmp_path: Path, strategy: str, one: str, other: str
 ) -> None:
     _, file, _, _ = saved(asked(base, strategy, [adapter(one, 0), adapter(other, 1)]), tmp_path)
-    assert rows(BaseParts(base, CPU), file) is None
-    assert not acts_on_rows(read_header(file))  # known before anything of it is read or kept
+    assert not acts_on_rows(read_header(file))
 
 
 def test_a_dora_worn_with_a_gate_would_differ_from_their_merge(

@@ -47,9 +47,11 @@ def read(parent: ParentFile, base: BaseParts) -> Change:
         case "custom_diffusion" | "dreambooth":
             changed = under(deltas.PREFIX, tensors)
         case "diff_fit":
-            changed = under(deltas.PREFIX, tensors | diff_fit.fold(tensors, base))
+            changed = under(
+                deltas.PREFIX, tensors | diff_fit.fold(tensors, deltas.base_values(base))
+            )
         case "svdiff":
-            own = svdiff.changed(tensors, scale, base, base.cache)
+            own = svdiff.changed(tensors, scale, deltas.base_values(base), base.cache)
             return Change(deltas=under(deltas.PREFIX, own), subjects=[Subject(rows)])
         case "textual_inversion":
             start = adapter_info(header, file.name).config["initializer"]

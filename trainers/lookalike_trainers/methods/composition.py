@@ -29,7 +29,7 @@ from lookalike_registry.formats.diffusers_lora import save_diffusers
 from lookalike_registry.products import Product, loaded_products, saved_products
 from lookalike_registry.safetensors_header import Header, read_header
 from lookalike_registry.tensor_file import ADAPTER_NAME, adapter_info, nth_word, save_tensors
-from lookalike_trainers.methods import deltas, perfusion
+from lookalike_trainers.methods import custom_diffusion, deltas, perfusion
 from lookalike_trainers.methods.custom_diffusion import projections
 from lookalike_trainers.methods.ed_lora import read_by_layer
 from lookalike_trainers.methods.method import Card, TakeOff, Wearer
@@ -38,8 +38,6 @@ from lookalike_trainers.methods.row_adapter import Dense, RowAdapter, of_text, o
 from lookalike_trainers.methods.text_by_layer import cross_attention, take_own_text
 from lookalike_trainers.methods.tokens import PREFIX as TOKENS
 from lookalike_trainers.methods.tokens import wear_words
-
-KEYS_AND_VALUES = ("attn2.to_k.weight", "attn2.to_v.weight")
 
 
 @dataclass(frozen=True)
@@ -137,18 +135,13 @@ def wear(wearer: Wearer, file: Path, scale: float, word: str) -> TakeOff:
 def acts_on_rows(header: Header) -> bool:
     """Not a file that changes other weights than K's and V's as a whole, and not one with gates:
     they take away what the changed rows say, and rows of a batch have none of their own.
-
-    By the names alone: the whole deltas of a base are not to be read for the answer.
     """
-    dense = [name for name in header.tensors if name.startswith(deltas.PREFIX)]
     gates = any(name.startswith(f"{COMPOSITION}.") for name in header.tensors)
-    return not gates and all(name.endswith(KEYS_AND_VALUES) for name in dense)
+    return not gates and custom_diffusion.acts_on_rows(header)
 
 
-def rows(wearer: Wearer, file: Path) -> RowAdapter | None:
-    """None for a file that does not act on rows."""
-    if not acts_on_rows(read_header(file)):
-        return None
+def rows(wearer: Wearer, file: Path) -> RowAdapter:
+    """Of a file that `acts_on_rows`."""
     change = load(file)
     kv = {f"unet.{name}.weight": name for name in projections(wearer.unet)}
     _check_layers(wearer, file, change)

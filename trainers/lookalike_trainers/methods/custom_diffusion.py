@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lookalike_registry.safetensors_header import read_header
+from lookalike_registry.safetensors_header import Header, read_header
 from lookalike_registry.tensor_file import ADAPTER_NAME, adapter_info, nth_word, save_tensors
 from lookalike_trainers.config import TrainingConfig
 from lookalike_trainers.data import Batch
@@ -38,6 +38,7 @@ from lookalike_trainers.methods.tokens import (
 from lookalike_trainers.objective import weighted_mse
 
 NAME = "custom_diffusion"
+KEYS_AND_VALUES = ("attn2.to_k.weight", "attn2.to_v.weight")
 
 
 class CustomDiffusion:
@@ -96,8 +97,17 @@ def wear(wearer: Wearer, file: Path, scale: float, word: str) -> TakeOff:
         return undo.pop_all().close
 
 
-def rows(wearer: Wearer, file: Path) -> RowAdapter | None:
-    """None for a file that changes more than K and V."""
+def acts_on_rows(header: Header) -> bool:
+    """Not a file that changes more than K and V.
+
+    By the names alone: the whole deltas of a base are not to be read for the answer.
+    """
+    deltas = (name for name in header.tensors if name.startswith(DELTA))
+    return all(name.endswith(KEYS_AND_VALUES) for name in deltas)
+
+
+def rows(wearer: Wearer, file: Path) -> RowAdapter:
+    """Of a file that `acts_on_rows`."""
     from safetensors.torch import load_file
 
     tensors = load_file(file)
@@ -106,8 +116,6 @@ def rows(wearer: Wearer, file: Path) -> RowAdapter | None:
         for key, tensor in tensors.items()
         if key.startswith(DELTA)
     }
-    if not deltas.keys() <= projections(wearer.unet).keys():
-        return None
     return RowAdapter(
         learned_rows(tensors),
         partial(_wear_text, subjects=_subjects(file)),

@@ -27,7 +27,7 @@ class _Worn:
 
     def __init__(self, parameter: nn.Parameter) -> None:
         self.own = parameter.data
-        self.added: dict[object, torch.Tensor] = {}
+        self.added: dict[object, tuple[torch.Tensor, float]] = {}
 
     def apply(self, parameter: nn.Parameter) -> None:
         parameter.data = self._total()
@@ -35,10 +35,9 @@ class _Worn:
     def _total(self) -> torch.Tensor:
         if not self.added:
             return self.own
-        first, *others = self.added.values()
-        total = self.own + first  # float32, as changes are
-        for change in others:
-            total += change
+        total = self.own
+        for delta, scale in self.added.values():  # in float32, one parameter at a time
+            total = torch.add(total, delta.to(total.device, torch.float32), alpha=scale)
         return total.to(self.own.dtype)
 
 
@@ -73,6 +72,14 @@ def parameters_of(wearer: Any) -> dict[str, nn.Parameter]:
     }
 
 
+def base_values(wearer: Any) -> dict[str, torch.Tensor]:
+    """The base's own values of all parameters, by the same names, whatever deltas are worn."""
+    return {
+        name: _worn[parameter].own if parameter in _worn else parameter.detach()
+        for name, parameter in parameters_of(wearer).items()
+    }
+
+
 def part_name(place: int) -> str:
     """Of the text encoder at this place, from 0: text_encoder, text_encoder_2."""
     return f"text_encoder_{place + 1}" if place else "text_encoder"
@@ -102,11 +109,11 @@ def wear_deltas(wearer: Wearer, tensors: Mapping[str, torch.Tensor], scale: floa
     }
     with ExitStack() as undo:
         for parameter, delta in changes.items():
-            undo.callback(_add(parameter, scale * delta.to(parameter.device, torch.float32)))
+            undo.callback(_add(parameter, delta, scale))
         return undo.pop_all().close
 
 
-def _add(parameter: nn.Parameter, change: torch.Tensor) -> TakeOff:
+def _add(parameter: nn.Parameter, delta: torch.Tensor, scale: float) -> TakeOff:
     if parameter not in _worn:
         _worn[parameter] = _Worn(parameter)
     worn, me = _worn[parameter], object()
@@ -118,7 +125,7 @@ def _add(parameter: nn.Parameter, change: torch.Tensor) -> TakeOff:
             del _worn[parameter]
 
     with ExitStack() as undo:
-        worn.added[me] = change
+        worn.added[me] = delta, scale
         undo.callback(take_off)
         worn.apply(parameter)
         return undo.pop_all().close

@@ -9,6 +9,7 @@ last layer, W and b, and so folds into it: gamma * (W x + b) = (gamma W) x + gam
 thousandth of the weights; the file holds gamma and not gamma W, about a megabyte for SD 1.5.
 """
 
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -18,16 +19,15 @@ from torch import nn
 
 from lookalike_platform.errors import FieldProblem, InvalidRequest
 from lookalike_registry.tensor_file import ADAPTER_NAME, save_tensors
-from lookalike_trainers.base_parts import BaseParts
 from lookalike_trainers.config import TrainingConfig
 from lookalike_trainers.data import Batch
 from lookalike_trainers.denoiser import Denoiser, checkpoint_gradients, trainable
 from lookalike_trainers.method_configs import LAST_LAYERS, DiffFitConfig, ends_in
 from lookalike_trainers.methods.deltas import PREFIX as DELTA
 from lookalike_trainers.methods.deltas import (
+    base_values,
     differences,
     named,
-    parameters_of,
     part_name,
     wear_deltas,
 )
@@ -115,32 +115,34 @@ def wear(wearer: Wearer, file: Path, scale: float, word: str) -> TakeOff:
     from safetensors.torch import load_file
 
     tensors = load_file(file)
-    folded = fold(tensors, BaseParts(wearer.folder, wearer.unet.device))
+    folded = fold(tensors, base_values(wearer))
     with ExitStack() as undo:
         undo.callback(wear_words(wearer, tensors, word))
         undo.callback(wear_deltas(wearer, tensors | folded, scale))
         return undo.pop_all().close
 
 
-def fold(tensors: dict[str, torch.Tensor], base: BaseParts) -> dict[str, torch.Tensor]:
-    """The gammas among an adapter's tensors as deltas of the weights before them.
+def fold(
+    tensors: Mapping[str, torch.Tensor], weights: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """The gammas among an adapter's tensors as deltas of the weights before them, float32.
 
-    The weights are the base's own, whatever else is worn.
+    Args:
+        weights: the base's own, by `<part>.<parameter>`.
     """
-    own = parameters_of(base)
     folded = {}
     for key, gamma in tensors.items():
         if not key.startswith(PREFIX):
             continue
         name = f"{key.removeprefix(PREFIX)}.weight"
-        weight = own.get(name)
+        weight = weights.get(name)
         if weight is None or gamma.shape != weight.shape[:1]:
             raise InvalidRequest(
                 "The adapter was trained on another base model.",
                 [FieldProblem(key, "scales no layer of this base")],
             )
         rows = gamma.to(weight.device).view(-1, *(1,) * (weight.dim() - 1))
-        folded[f"{DELTA}{name}"] = (rows - 1) * weight
+        folded[f"{DELTA}{name}"] = (rows.float() - 1) * weight.float()
     return folded
 
 

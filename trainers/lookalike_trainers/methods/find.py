@@ -1,6 +1,7 @@
 """From a method's name in catalog.METHODS to its code. Torch."""
 
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 from lookalike_platform.errors import InvalidRequest
@@ -14,7 +15,7 @@ from lookalike_trainers.catalog import (
     METHODS,
     MethodInfo,
 )
-from lookalike_trainers.methods.method import Builder, Wear
+from lookalike_trainers.methods.method import Builder, Wear, Wearer
 from lookalike_trainers.methods.row_adapter import Rows
 
 
@@ -30,20 +31,38 @@ def wear_of(method: str) -> Wear:
     return wear
 
 
-def rows_of(method: str) -> Rows | None:
-    """What lets its adapters act on single rows; None if they must be worn as a whole."""
+def prepare(method: str, wearer: Wearer, file: Path) -> None:
+    """Do ahead what putting the adapter on would take long for, if there is anything."""
+    if method != COMPOSITION and (entry := _info(method).prepare):
+        _load(entry)(wearer, file)
+
+
+def rows_of(method: str) -> Rows:
+    """What lets its adapters act on single rows, those of which `acts_on_rows` says that they can.
+
+    Raises InvalidRequest if none do.
+    """
     entry = COMPOSITION_ROWS if method == COMPOSITION else _info(method).rows
-    return _load(entry) if entry else None
+    if entry is None:
+        raise InvalidRequest(f"Adapters of {method} change the base as a whole.")
+    rows: Rows = _load(entry)
+    return rows
 
 
 def acts_on_rows(header: Header) -> bool:
-    """Whether a file, by its header, may act on single rows. Raises InvalidRequest if there is no
-    such method."""
+    """Whether a file, by its header, can act on single rows; else it must be worn as a whole.
+
+    Raises InvalidRequest if there is no such method.
+    """
     method = header.metadata.get(METHOD_KEY, "lora")
     if method == COMPOSITION:
-        acts: bool = _load(COMPOSITION_ACTS_ON_ROWS)(header)
-        return acts
-    return rows_of(method) is not None
+        entry: str | None = COMPOSITION_ACTS_ON_ROWS
+    else:
+        info = _info(method)
+        if info.rows is None:
+            return False
+        entry = info.acts_on_rows
+    return entry is None or bool(_load(entry)(header))
 
 
 def _info(method: str) -> MethodInfo:

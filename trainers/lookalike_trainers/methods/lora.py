@@ -29,7 +29,7 @@ from lookalike_registry.products import (
     read_lora,
     saved_products,
 )
-from lookalike_registry.safetensors_header import read_header
+from lookalike_registry.safetensors_header import Header, read_header
 from lookalike_registry.tensor_file import ADAPTER_NAME, METHOD_KEY, save_tensors
 from lookalike_trainers.config import TrainingConfig
 from lookalike_trainers.data import Batch
@@ -109,11 +109,14 @@ def wear(wearer: Wearer, file: Path, scale: float, word: str) -> TakeOff:
     return _put_on(wearer, words, products, scale, word)
 
 
-def rows(wearer: Wearer, file: Path) -> RowAdapter | None:
-    """None for a DoRA: its gain is on the whole of W + B A."""
+def acts_on_rows(header: Header) -> bool:
+    """Not a DoRA: its gain is on the whole of W + B A."""
+    return not any("magnitude" in name for name in header.tensors)
+
+
+def rows(wearer: Wearer, file: Path) -> RowAdapter:
+    """Of a file that `acts_on_rows`."""
     products, words = _read(file)
-    if any(product.magnitude is not None for product in products.values()):
-        return None
     text = saved_products(of_text(products)) | words
     return RowAdapter(text, wear_text, products=of_unet(products))
 

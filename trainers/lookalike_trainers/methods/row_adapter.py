@@ -86,11 +86,11 @@ class RowAdapter:
 class Rows(Protocol):
     """A method's entry in catalog.METHODS for adapters that act on single rows.
 
-    Args of a call: the base, whose parts are looked at and not changed; the adapter's file. None
-    for a file that cannot act so, and is to be worn as a whole.
+    Args of a call: the base, whose parts are looked at and not changed; the adapter's file, of
+    which find.acts_on_rows says that it can.
     """
 
-    def __call__(self, wearer: Wearer, file: Path) -> RowAdapter | None: ...
+    def __call__(self, wearer: Wearer, file: Path) -> RowAdapter: ...
 
 
 def of_unet(named: Mapping[str, Any]) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from torch.nn.utils import parametrize
 
 from lookalike_datasets.features import cache
 from lookalike_platform.files import sha256_bytes
+from lookalike_registry.safetensors_header import read_header
 from lookalike_registry.tensor_file import ADAPTER_NAME, save_tensors
 from lookalike_trainers.base_parts import BaseParts
 from lookalike_trainers.config import TrainingConfig
@@ -90,27 +91,47 @@ def build(parts: Any, config: TrainingConfig) -> Svdiff:
 
 
 def wear(wearer: Wearer, file: Path, scale: float, word: str) -> TakeOff:
-    """W' with scale * delta, beside what else is worn; the word's rows know no scale.
-
-    The factors are of the base's files in float32, as in training: those of weights rounded to
-    half precision, or changed by another adapter, are others.
-    """
+    """W' with scale * delta, beside what else is worn; the word's rows know no scale."""
     from safetensors.torch import load_file
 
     tensors = load_file(file)
-    base = BaseParts(wearer.folder, wearer.unet.device)
-    changes = changed(tensors, scale, base, wearer.cache)
+    changes = changed(tensors, scale, _weights(wearer), wearer.cache)
     with ExitStack() as undo:
         undo.callback(wear_words(wearer, tensors, word))
         undo.callback(deltas.wear_deltas(wearer, changes, 1.0))
         return undo.pop_all().close
 
 
+def prepare(wearer: Wearer, file: Path) -> None:
+    """Put the factors that `wear` needs into the base's cache: of a large base takes minutes.
+
+    Of the weights in its files: those in memory are at work meanwhile.
+    """
+    weights = deltas.parameters_of(BaseParts(wearer.folder, torch.device("cpu")))
+    for key in read_header(file).tensors:
+        if key.startswith(PREFIX):
+            decompose(weights[key.removeprefix(PREFIX)], wearer.cache)
+
+
+def _weights(wearer: Wearer) -> Mapping[str, torch.Tensor]:
+    """The base's own in float32, as in training: the factors of weights rounded to half precision,
+    or changed by another adapter, are others."""
+    if wearer.unet.dtype == torch.float32:
+        return deltas.base_values(wearer)
+    return deltas.parameters_of(BaseParts(wearer.folder, wearer.unet.device))
+
+
 def changed(
-    tensors: Mapping[str, torch.Tensor], scale: float, base: BaseParts, cache: Path | None
+    tensors: Mapping[str, torch.Tensor],
+    scale: float,
+    weights: Mapping[str, torch.Tensor],
+    cache: Path | None,
 ) -> dict[str, torch.Tensor]:
-    """W' - W of `scale` times each spectrum's shift, as `wear_deltas` takes them."""
-    weights = deltas.parameters_of(base)
+    """W' - W of `scale` times each spectrum's shift, as `wear_deltas` takes them.
+
+    Args:
+        weights: the base's own, float32, by `<part>.<parameter>`.
+    """
     changes = {}
     for key, delta in tensors.items():
         if key.startswith(PREFIX):
