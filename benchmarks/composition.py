@@ -94,7 +94,8 @@ def pair(bench: Bench, subjects: tuple[Subject, Subject], steps: int) -> None:
 
     def look(name: str, asked: Sequence[Order]) -> torch.Tensor:
         pictures = bench.pictures(f"{names}/{name}", asked)
-        kept = bench.folder(f"{names}/{name}", asked) / f"{encoder.digest[:16]}.pt"
+        kept = bench.results / "features" / encoder.digest[:16] / f"{bench.key(*asked)}.pt"
+        kept.parent.mkdir(parents=True, exist_ok=True)
         if not kept.exists():
             torch.save(squares_of(encoder, pictures), kept)
         features: torch.Tensor = torch.load(kept, weights_only=True)

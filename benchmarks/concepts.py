@@ -68,18 +68,19 @@ class Bench:
     painter: Painter
     results: Path
 
-    def folder(self, name: str, orders: Sequence[Order]) -> Path:
-        key = hashlib.sha256(repr((self.painter.steps, orders)).encode()).hexdigest()
-        return self.results / "pictures" / name / key[:16]
+    def key(self, *orders: Order) -> str:
+        """Of all that decides what they paint."""
+        return hashlib.sha256(repr((self.painter.steps, orders)).encode()).hexdigest()[:16]
 
     def pictures(self, name: str, orders: Sequence[Order]) -> list[Image.Image]:
-        """Painted, or as they were painted before: kept by all that decides them."""
-        folder = self.folder(name, orders)
-        files = [folder / f"{number}.png" for number in range(len(orders))]
-        if not all(file.exists() for file in files):
-            folder.mkdir(parents=True, exist_ok=True)
-            for file, picture in zip(files, self.painter.paint(orders), strict=True):
-                picture.save(file)
+        """Painted, or as they were painted before."""
+        folder = self.results / "pictures" / name
+        folder.mkdir(parents=True, exist_ok=True)
+        files = [folder / f"{self.key(order)}.png" for order in orders]
+        missing = [place for place, file in enumerate(files) if not file.exists()]
+        painted = self.painter.paint([orders[place] for place in missing])
+        for place, picture in zip(missing, painted, strict=True):
+            picture.save(files[place])
         return [Image.open(file).convert("RGB") for file in files]
 
     def merged(self, strategy: str, parents: Sequence[Version]) -> Version:

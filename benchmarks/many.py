@@ -11,10 +11,11 @@ Merged and learned jointly, one version knows all subjects, and prompts name one
 adapter is of the same method, and was learned alone for as many steps a subject.
 
 With regions all subjects are in one picture, each in a box of its own, and what is looked at is its
-box. Alone it has the same box, and the rest of the picture is the base's.
+box. Alone it has the same box, and the rest of the picture is the base's. One picture a scene.
 """
 
 from collections.abc import Sequence
+from itertools import cycle
 
 import torch
 from concepts import MERGES, Bench, Order, Version, learn
@@ -127,8 +128,7 @@ class Regions:
                 "width": side,
                 "height": side,
             }
-            for scene in PLACES
-            for seed in SEEDS
+            for scene, seed in zip(PLACES, cycle(SEEDS), strict=False)
         ]
         among = f"{self._compose}-{len(self._boxes)}"
         whose = self._versions[places[0]].name if len(places) == 1 else "everyone"
