@@ -291,7 +291,8 @@ def _metadata(card: LoraCard, tensors_sha256: str) -> dict[str, str]:
     }
     return {
         "format": "pt",
-        "lora_adapter_metadata": json.dumps(config, sort_keys=True),
+        # Patterns stay in order: of those that fit a module the first counts.
+        "lora_adapter_metadata": json.dumps(dict(sorted(config.items()))),
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.architecture": architecture,
         "modelspec.implementation": "diffusers",

@@ -12,7 +12,7 @@ from lookalike_registry.tensor_file import nth_word, parameter_shapes
 from lookalike_trainers.base_parts import BaseParts
 from lookalike_trainers.catalog import METHODS
 from lookalike_trainers.denoiser import trainable
-from lookalike_trainers.method_configs import LoraConfig, SvdiffConfig
+from lookalike_trainers.method_configs import LoraConfig, SvdiffConfig, TLoraConfig
 from lookalike_trainers.methods.find import builder_of
 from lookalike_trainers.methods.method import Card
 from lookalike_trainers.trainables import count, held_bytes
@@ -22,7 +22,9 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
     "lora": [
         {"targets": ("attention", "convolution"), "ranks": {"attention": 3}, "dora": True},
         {"token_vectors": 2, "train_text_encoder": True},
+        {"ranks": {"attention": 4, "attn2.to_k": 2}},
     ],
+    "t_lora": [{"targets": ("to_q", "feed_forward")}],
     "svdiff": [{"train_text_encoder": True, "token_vectors": 1}],
     "diff_fit": [{"train_text_encoder": True}],
     "dreambooth": [{"train_text_encoder": True}],
@@ -79,7 +81,18 @@ def test_svdiff_s_factors_and_products_take_what_the_preview_says(
     assert held_bytes(parameter_shapes(base), config) == held
 
 
-def test_targets_the_base_does_not_have_are_refused_by_their_field(base: Path) -> None:
+@pytest.mark.parametrize(
+    "config",
+    [
+        LoraConfig(targets=("to_nothing",)),
+        LoraConfig(targets=("attention", "to_nothing")),
+        LoraConfig(targets=("q_proj",), train_text_encoder=True),
+        TLoraConfig(targets=("attention", "convolution")),
+    ],
+)
+def test_targets_the_base_does_not_have_are_refused_by_their_field(
+    base: Path, config: LoraConfig | TLoraConfig
+) -> None:
     with pytest.raises(InvalidRequest) as refused:
-        count(parameter_shapes(base), LoraConfig(targets=("to_nothing",)))
+        count(parameter_shapes(base), config)
     assert [field.path for field in refused.value.fields] == ["config.targets"]

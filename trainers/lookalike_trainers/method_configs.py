@@ -5,6 +5,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
+from lookalike_platform.errors import FieldProblem, InvalidRequest
 from lookalike_trainers.config import TrainingConfig
 
 SetId = Annotated[str, Field(pattern=r"^set_[0-9a-z]{1,40}$")]
@@ -42,8 +43,15 @@ class LoraConfig(TrainingConfig):
 
     @property
     def module_ranks(self) -> dict[str, int]:
-        """How a module's name ends → its rank, where it is not `rank`."""
-        return {name: rank for target, rank in self.ranks.items() for name in in_group(target)}
+        """How a module's name ends → its rank, where it is not `rank`.
+
+        The first that fits counts, here as for PEFT: a layer's own name before its group's, and
+        the longer name before the shorter.
+        """
+        ranks: dict[str, int] = {}
+        for target, rank in sorted(self.ranks.items(), key=lambda one: one[0] not in TARGET_GROUPS):
+            ranks |= dict.fromkeys(in_group(target), rank)
+        return dict(sorted(ranks.items(), key=lambda one: -one[0].count(".")))
 
 
 def in_group(target: str) -> tuple[str, ...]:
@@ -58,6 +66,34 @@ def all_in_groups(targets: Collection[str]) -> tuple[str, ...]:
 def ends_in(module: str, names: Collection[str]) -> bool:
     """Whether a module's name is one of the names or ends in it after a dot."""
     return any(module == name or module.endswith(f".{name}") for name in names)
+
+
+def check_targets(
+    config: "LoraConfig | TLoraConfig", unet: Collection[str], texts: Collection[str] = ()
+) -> None:
+    """Raises InvalidRequest for targets and ranks that no layer has, by their fields.
+
+    Args:
+        unet: names of the UNet's layers that the method can adapt.
+        texts: of the text encoders' that it does adapt.
+    """
+    adapted = [name for name in unet if ends_in(name, config.target_modules)]
+    ranks = tuple(config.ranks) if isinstance(config, LoraConfig) else ()
+    groups = ", ".join(TARGET_GROUPS)
+    problems = [
+        FieldProblem(
+            f"config.{field}",
+            f"no layer's name ends in {' or '.join(in_group(name))}; there are the groups {groups}",
+        )
+        for field, names, layers in (
+            ("targets", config.targets, unet),
+            ("ranks", ranks, [*adapted, *texts]),
+        )
+        for name in names
+        if not any(ends_in(layer, in_group(name)) for layer in layers)
+    ]
+    if problems:
+        raise InvalidRequest("This base has no layers to adapt by these names.", problems)
 
 
 class TLoraConfig(TrainingConfig):

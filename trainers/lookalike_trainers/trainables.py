@@ -4,11 +4,10 @@ import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from lookalike_platform.errors import CapabilityMissing, FieldProblem, InvalidRequest
+from lookalike_platform.errors import CapabilityMissing
 from lookalike_trainers.config import TrainingConfig
 from lookalike_trainers.method_configs import (
     LAST_LAYERS,
-    TARGET_GROUPS,
     TEXT_ATTENTION,
     UNET_ATTENTION,
     CustomDiffusionConfig,
@@ -20,6 +19,7 @@ from lookalike_trainers.method_configs import (
     SvdiffConfig,
     TextualInversionConfig,
     TLoraConfig,
+    check_targets,
     ends_in,
 )
 
@@ -70,7 +70,9 @@ def _own(shapes: Shapes, config: TrainingConfig) -> Count:
         case LoraConfig():
             return _alike(_lora(shapes, config))
         case TLoraConfig():
-            layers = _targeted(shapes, config.target_modules, ())
+            matrices = {name: shape for name, shape in shapes.items() if len(shape) == 2}
+            layers = _targeted(matrices, config.target_modules, ())
+            check_targets(config, _unet_layers(matrices))
             pairs = sum(config.rank * (out + width) for out, width in layers.values())
             # The file has the products' start too, each half of twice the rank.
             return Count(pairs + config.rank * len(layers), 2 * pairs)
@@ -105,17 +107,22 @@ def _alike(numbers: int) -> Count:
 def _lora(shapes: Shapes, config: LoraConfig) -> int:
     """A: [rank, in * kernel], B: [out, rank] a targeted layer; DoRA's m: [out]."""
     texts = TEXT_ATTENTION if config.train_text_encoder else ()
+    layers = _targeted(shapes, config.target_modules, texts)
+    check_targets(config, _unet_layers(shapes), [n for n in layers if not n.startswith("unet.")])
     total = 0
-    for name, (out, width) in _targeted(shapes, config.target_modules, texts).items():
+    for name, (out, width) in layers.items():
         own = (rank for end, rank in config.module_ranks.items() if ends_in(name, (end,)))
         total += next(own, config.rank) * (out + width) + (out if config.dora else 0)
-    if not total:
-        named, groups = ", ".join(config.targets), ", ".join(TARGET_GROUPS)
-        message = f"the base has no layers named {named}; there are the groups {groups}"
-        raise InvalidRequest(
-            f"Nothing would train: {message}.", [FieldProblem("config.targets", message)]
-        )
     return total
+
+
+def _unet_layers(shapes: Shapes) -> list[str]:
+    """Names of the UNet's linear and convolutional layers among the parameters."""
+    return [
+        name.removeprefix("unet.").removesuffix(".weight")
+        for name, shape in shapes.items()
+        if name.startswith("unet.") and name.endswith(".weight") and len(shape) in (2, 4)
+    ]
 
 
 def _targeted(

@@ -5,6 +5,7 @@ a folder: image i has the seed `seed + i`, so asking for more keeps those that a
 another prompt never finds them.
 """
 
+import io
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 
 from lookalike_datasets.features import cache
 from lookalike_platform.diffusion import decode, denoise, noise
-from lookalike_platform.files import sha256_file
+from lookalike_platform.files import atomic_write, sha256_file
 from lookalike_platform.samplers import make_sampler
 
 _AT_ONCE = 8
@@ -96,7 +97,7 @@ def _path(request: PriorRequest, number: int, folder: Path) -> Path:
 
 
 def _save(picture: Any, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    picture.save(partial, "PNG")
-    partial.replace(path)
+    """Two runs may draw the same picture at once."""
+    data = io.BytesIO()
+    picture.save(data, "PNG")
+    atomic_write(path, data.getvalue())

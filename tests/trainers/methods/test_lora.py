@@ -7,6 +7,7 @@ import numpy
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from safetensors.torch import load_file
 from torch.func import functional_call
 
 from lookalike_platform.conditioning import Text, encode, predict
@@ -19,6 +20,7 @@ from lookalike_trainers.base_parts import BaseParts
 from lookalike_trainers.methods.lora import Lora, wear
 from lookalike_trainers.methods.method import Card
 from support_methods import (
+    CARD,
     batch,
     check_every_declared_parameter_moves_and_no_other,
     check_its_file_is_the_method,
@@ -219,12 +221,33 @@ def test_modules_may_have_ranks_of_their_own(base: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    "ranks",
+    [
+        {"attention": 4, "attn2.to_k": 2, "to_q": 1},
+        {"attn2.to_k": 2, "to_q": 1, "attention": 4},
+        {"to_k": 4, "to_v": 4, "to_out.0": 4, "to_q": 1, "attn2.to_k": 2},
+    ],
+)
+def test_of_ranks_that_fit_a_module_the_longest_name_counts_in_whatever_order(
+    base: Path, tmp_path: Path, ranks: dict[str, int]
+) -> None:
+    """And for whoever reads the file."""
+    method = lora(base, rank=3, ranks=ranks)
+    file = method.save(tmp_path, CARD)
+    check_against_base(file, base)
+    for name, tensor in load_file(file).items():
+        if "lora_A" in name:
+            assert len(tensor) == (2 if "attn2.to_k" in name else 1 if "to_q" in name else 4)
+
+
+@pytest.mark.parametrize(
     ("config", "field"),
     [
         ({"targets": ("to_nothing",)}, "config.targets"),
         ({"targets": ("attention", "to_nothing")}, "config.targets"),
         ({"ranks": {"to_nothing": 2}}, "config.ranks"),
         ({"ranks": {"feed_forward": 2}}, "config.ranks"),
+        ({"targets": ("q_proj",), "train_text_encoder": True}, "config.targets"),
     ],
 )
 def test_targets_and_ranks_without_a_layer_are_refused_by_their_field(

@@ -149,7 +149,12 @@ def test_worn_it_follows_the_timestep_of_each_step(
 
 @pytest.mark.parametrize(
     ("config", "field"),
-    [({"rank": 17}, "config.rank"), ({"targets": ("conv1",)}, "config.targets")],
+    [
+        ({"rank": 17}, "config.rank"),
+        ({"targets": ("conv1",)}, "config.targets"),
+        ({"targets": ("attention", "convolution")}, "config.targets"),
+        ({"targets": ("attention", "to_nothing")}, "config.targets"),
+    ],
 )
 def test_what_the_base_has_no_room_for_is_refused_by_its_field(
     base: Path, config: dict[str, Any], field: str

@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from lookalike_platform.errors import FieldProblem, InvalidRequest
 from lookalike_registry.adapter_file import WEIGHTS_NAME, LoraCard, LoraShape, save_lora
 from lookalike_registry.products import (
     Product,
@@ -34,7 +33,7 @@ from lookalike_registry.tensor_file import ADAPTER_NAME, METHOD_KEY, save_tensor
 from lookalike_trainers.config import TrainingConfig
 from lookalike_trainers.data import Batch
 from lookalike_trainers.denoiser import Denoiser, checkpoint_gradients, trainable
-from lookalike_trainers.method_configs import TEXT_ATTENTION, LoraConfig, ends_in, in_group
+from lookalike_trainers.method_configs import TEXT_ATTENTION, LoraConfig, check_targets, ends_in
 from lookalike_trainers.methods.deltas import part_name
 from lookalike_trainers.methods.groups import parameter_groups
 from lookalike_trainers.methods.method import Card, TakeOff, Wearer
@@ -61,7 +60,8 @@ class Lora:
         # DoRA measures the rows of W, and does it exactly.
         unet = parts.take_frozen_unet(bf16=bf16 and not config.dora)
         text_encoders = parts.take("text_encoders") if config.reads_ids else []
-        check_names(config, unet, text_encoders)
+        texts = targeted(text_encoders[0], TEXT_ATTENTION) if config.train_text_encoder else []
+        check_targets(config, own_layers(unet), texts)
         self.adapted = {"unet": unet}
         self.shapes = {"unet": shape(config, unet, config.target_modules)}
         if config.train_text_encoder:
@@ -226,18 +226,3 @@ def state(model: nn.Module) -> dict[str, torch.Tensor]:
 
     tensors: dict[str, torch.Tensor] = peft.get_peft_model_state_dict(model)
     return {name: tensor.detach().float().cpu() for name, tensor in tensors.items()}
-
-
-def check_names(config: LoraConfig, unet: nn.Module, text_encoders: list[Any]) -> None:
-    """Raises InvalidRequest for targets and ranks the base has no layers for, by their fields."""
-    among = targeted(unet, config.target_modules)
-    if config.train_text_encoder:
-        among += targeted(text_encoders[0], TEXT_ATTENTION)
-    problems = [
-        FieldProblem(f"config.{field}", f"no layer's name ends in {' or '.join(in_group(name))}")
-        for field, names in (("targets", config.targets), ("ranks", tuple(config.ranks)))
-        for name in names
-        if not any(ends_in(layer, in_group(name)) for layer in among)
-    ]
-    if problems:
-        raise InvalidRequest("This base has no layers to put LoRA into by these names.", problems)

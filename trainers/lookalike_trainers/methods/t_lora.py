@@ -26,7 +26,7 @@ from lookalike_registry.tensor_file import ADAPTER_NAME, adapter_info, save_tens
 from lookalike_trainers.config import TrainingConfig
 from lookalike_trainers.data import Batch
 from lookalike_trainers.denoiser import Denoiser, checkpoint_gradients
-from lookalike_trainers.method_configs import TLoraConfig, ends_in
+from lookalike_trainers.method_configs import TLoraConfig, check_targets, ends_in
 from lookalike_trainers.methods.groups import parameter_groups
 from lookalike_trainers.methods.method import Card, TakeOff, Wearer
 from lookalike_trainers.methods.products import own_layers, wear_products
@@ -111,6 +111,8 @@ class TLora:
         min_rank = config.rank // 2 if config.min_rank is None else config.min_rank
         timesteps = parts.scheduler.config.num_train_timesteps
         self.mask = RankMask(config.rank, min_rank, timesteps)
+        linear = [name for name, one in own_layers(unet).items() if isinstance(one, nn.Linear)]
+        check_targets(config, linear)
         self.layers = insert(unet, config.target_modules, self.mask)
         unet.register_forward_pre_hook(self.mask.see, with_kwargs=True)
         self.rows: list[TokenRows] = []
@@ -178,19 +180,13 @@ def rows(wearer: Wearer, file: Path) -> RowAdapter:
 def insert(unet: nn.Module, targets: tuple[str, ...], mask: RankMask) -> dict[str, TimedProduct]:
     """Put timed products beside a frozen UNet's linear layers, given back by the layers' names.
 
-    Raises InvalidRequest if there are no such layers, or one is narrower than the rank.
+    Raises InvalidRequest if one is narrower than the rank.
     """
     layers = {
         name: layer
         for name, layer in own_layers(unet).items()
         if ends_in(name, targets) and isinstance(layer, nn.Linear)
     }
-    if not layers:
-        message = f"no linear layer's name ends in {' or '.join(targets)}"
-        raise InvalidRequest(
-            "This base has no layers to put T-LoRA into by these names.",
-            [FieldProblem("config.targets", message)],
-        )
     narrowest = min(min(layer.weight.shape) for layer in layers.values())
     if mask.rank > narrowest:
         raise InvalidRequest(
