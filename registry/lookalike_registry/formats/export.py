@@ -62,6 +62,11 @@ class Adapter:
         }
 
     @property
+    def kinds(self) -> set[str]:
+        """Of its tensors, beside learned words."""
+        return {key.partition(".")[0] for key in self.tensors} - {"tokens"}
+
+    @property
     def deltas(self) -> dict[str, torch.Tensor]:
         return self._of("delta")
 
@@ -93,7 +98,7 @@ def export(
 
 def _as_diffusers(adapter: Adapter, folder: Path) -> Exported:
     if adapter.method != custom_diffusion.NAME:
-        if adapter.deltas:
+        if adapter.kinds == {"delta"}:
             raise CapabilityMissing(f"{adapter.method} in diffusers' layout: export it as lora")
         return _as_lora(adapter, folder)
     files = [folder / custom_diffusion.WEIGHTS_NAME]
@@ -133,9 +138,8 @@ def _as_kohya(adapter: Adapter, folder: Path) -> Exported:
 
 
 def _as_model(adapter: Adapter, folder: Path) -> Exported:
-    kinds = {key.partition(".")[0] for key in adapter.tensors} - {"tokens"}
-    if kinds != {"delta"}:
-        raise CapabilityMissing(f"{adapter.method} as a whole model: it is no change of weights")
+    if adapter.kinds != {"delta"}:
+        raise CapabilityMissing(f"{adapter.method} as a whole model: {_why(adapter)}")
     files = save_model(adapter.deltas, adapter.base_folder, folder)
     for word, rows in adapter.words.items():
         files.append(folder / f"<{word}>.safetensors")
@@ -177,12 +181,21 @@ def _products(adapter: Adapter) -> tuple[dict[str, Product], float]:
     """
     if not adapter.tensors:
         return read_lora(adapter.path), 0.0
-    kinds = {key.partition(".")[0] for key in adapter.tensors} - {"tokens"}
-    if (kinds <= {"lora"} and adapter.method == "lora") or not kinds:
+    if (adapter.kinds <= {"lora"} and adapter.method == "lora") or not adapter.kinds:
         return loaded_products(adapter.tensors), 0.0
-    if kinds == {"delta"}:
+    if adapter.kinds == {"delta"}:
         return _compressed(adapter.deltas, adapter.rank)
-    raise CapabilityMissing(f"{adapter.method} as a LoRA: other programs cannot compute it")
+    raise CapabilityMissing(f"{adapter.method} as a LoRA: {_why(adapter)}")
+
+
+def _why(adapter: Adapter) -> str:
+    """What keeps it from being fixed weights in a file for other programs."""
+    return {
+        "lora": "it is products of thin matrices: export it as lora or kohya",
+        "svdiff": "the export does not multiply its spectra out",
+        "diff_fit": "the export does not fold its scales into weights",
+        "textual_inversion": "it is a word alone: export it as diffusers or kohya",
+    }.get(adapter.method, "what it does depends on the prompt, the layer or the step")
 
 
 def _compressed(

@@ -57,7 +57,10 @@ def load(files: Sequence[Path], base_folder: Path) -> Loaded:
         tensors = load_file(path)
         words = _is_word(tensors, widths)
         if rows if words else products or deltas:
-            raise InvalidRequest(f"{path.name} is another adapter: import one at a time.")
+            raise InvalidRequest(
+                f"{path.name} is a second file of {'words' if words else 'weights'}: import one "
+                "adapter at a time, and of one with several words the weights with one word each."
+            )
         if words:
             rows = from_embeddings(tensors, widths, path.name)
         elif is_kohya(tensors):

@@ -365,6 +365,28 @@ def test_what_a_format_cannot_hold_is_said(base: Path, tmp_path: Path) -> None:
         exported(saved(base, tmp_path / "full", "dreambooth"), base, "diffusers", tmp_path / "out")
 
 
+@pytest.mark.parametrize("form", ["diffusers", "lora", "kohya", "model"])
+@pytest.mark.parametrize(
+    ("method", "why"),
+    [("svdiff", "spectra"), ("diff_fit", "scales"), ("perfusion", "depends on the prompt")],
+)
+def test_methods_that_no_other_program_has_say_why_they_stay(
+    sd1: Path, tmp_path: Path, method: str, why: str, form: str
+) -> None:
+    with pytest.raises(CapabilityMissing, match=why):
+        exported(saved(sd1, tmp_path / "own", method), sd1, form, tmp_path / "out")
+
+
+def test_of_several_words_the_weights_come_in_with_one_each(sd1: Path, tmp_path: Path) -> None:
+    file = saved(sd1, tmp_path / "own", "custom_diffusion")
+    weights, word = exported(file, sd1, "diffusers", tmp_path / "out").files
+    other = tmp_path / "<other>.safetensors"
+    save_file({"<other>": next(iter(load_file(word).values()))}, other)
+    with pytest.raises(InvalidRequest, match=r"second file of words.*one word each"):
+        load([weights, word, other], sd1)
+    assert load([weights, other], sd1).method == "custom_diffusion"
+
+
 def test_alphas_of_each_module_survive(base: Path, tmp_path: Path) -> None:
     product = Product(torch.randn(3, 16), torch.randn(16, 3))
     name = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
