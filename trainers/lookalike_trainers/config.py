@@ -1,7 +1,7 @@
 """The options all methods share. Torch-free: the API validates jobs with it.
 
 Defaults are those that learn a subject on the bundled 64-pixel base in about a minute on two CPU
-cores; for SD 1.5-sized bases the usual values are in each field's note.
+cores; see defaults.py for larger bases.
 """
 
 from string import Formatter
@@ -15,6 +15,8 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+
+from lookalike_trainers.defaults import by_base
 
 
 class Strict(BaseModel):
@@ -88,8 +90,8 @@ class TrainingConfig(Strict):
     steps: int = Field(default=300, ge=1, le=100_000)
     batch_size: int = Field(default=4, ge=1, le=256)  # per process
     gradient_accumulation_steps: int = Field(default=1, ge=1, le=256)
-    learning_rate: float = Field(default=1e-3, gt=0, le=1)  # SD 1.5: 1e-4
-    text_encoder_learning_rate: float = Field(default=1e-4, gt=0, le=1)  # SD 1.5: 1e-5
+    learning_rate: float = Field(default=1e-3, gt=0, le=1)
+    text_encoder_learning_rate: float = by_base(1e-4, large=1e-5, gt=0, le=1)
     lr_scheduler: Literal["constant", "cosine", "linear"] = "constant"
     lr_warmup_steps: int = Field(default=0, ge=0)
     optimizer: Literal["adamw", "adamw8bit"] = "adamw"
@@ -108,7 +110,7 @@ class TrainingConfig(Strict):
     initializer: Annotated[
         str | None, StringConstraints(strip_whitespace=True, min_length=1, max_length=40)
     ] = None  # the class noun
-    token_learning_rate: float = Field(default=5e-3, gt=0, le=1)  # SD 1.5: 5e-4
+    token_learning_rate: float = by_base(5e-3, large=5e-4, gt=0, le=1)
     train_text_encoder: bool = False
     caption_dropout: float = Field(default=0.05, ge=0, le=1)
     random_flip: bool = False

@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 
 from lookalike_platform.errors import FieldProblem, InvalidRequest
 from lookalike_trainers.config import TrainingConfig
+from lookalike_trainers.defaults import by_base
 
 SetId = Annotated[str, Field(pattern=r"^set_[0-9a-z]{1,40}$")]
 UNET_ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
@@ -29,6 +30,7 @@ class LoraConfig(TrainingConfig):
     DreamBooth-LoRA; with `token_vectors` pivotal tuning.
     """
 
+    learning_rate: float = by_base(1e-3, large=1e-4, gt=0, le=1)
     rank: int = Field(default=8, ge=1, le=256)
     alpha: float | None = Field(default=None, gt=0)  # None: equal to the rank
     targets: tuple[TargetName, ...] = Field(default=("attention",), min_length=1)
@@ -99,6 +101,7 @@ def check_targets(
 class TLoraConfig(TrainingConfig):
     """T-LoRA (Soboleva et al. 2025): LoRA whose rank grows from `min_rank` as noise goes."""
 
+    learning_rate: float = by_base(1e-3, large=1e-4, gt=0, le=1)
     rank: int = Field(default=8, ge=1, le=256)  # SDXL: 64
     min_rank: int | None = Field(default=None, ge=0)  # None: half the rank
     targets: tuple[TargetName, ...] = Field(default=("attention",), min_length=1)
@@ -119,10 +122,11 @@ class TLoraConfig(TrainingConfig):
 class EdLoraConfig(TrainingConfig):
     """ED-LoRA (Mix-of-Show, Gu et al. 2023): a word of two tokens with rows for each layer."""
 
+    learning_rate: float = by_base(1e-3, large=1e-4, gt=0, le=1)
     rank: int = Field(default=4, ge=1, le=256)
     prompt: str = Field(default="a {trigger}", max_length=500)
     token_vectors: Literal[2] = 2
-    token_learning_rate: float = Field(default=5e-3, gt=0, le=1)  # SD 1.5: 1e-3
+    token_learning_rate: float = by_base(5e-3, large=1e-3, gt=0, le=1)
     train_text_encoder: Literal[True] = True
     noise_offset: float = Field(default=0.01, ge=0, le=1)
     attention_regularization: float = Field(default=0.01, ge=0, le=10)  # with masked_loss
@@ -145,7 +149,10 @@ class EdLoraConfig(TrainingConfig):
 class CustomDiffusionConfig(TrainingConfig):
     """Custom Diffusion (Kumari et al. 2023): the cross-attention's K and V, and one new word."""
 
-    learning_rate: float = Field(default=1e-4, gt=0, le=1)  # SD 1.5: 1e-5 x images in a step
+    # On large bases 1e-5 for each photo of a step; the word learns as fast as K and V.
+    learning_rate: float = by_base(1e-4, large=4e-5, gt=0, le=1)
+    token_learning_rate: float = by_base(5e-3, large=4e-5, gt=0, le=1)
+    steps: int = by_base(300, large=250, ge=1, le=100_000)
     sizes: int = Field(default=8, ge=0, le=64)
     also: tuple[SetId, ...] = Field(default=(), max_length=11)  # more subjects: sks-2, sks-3, …
     token_vectors: int = Field(default=1, ge=0, le=16)
@@ -182,15 +189,18 @@ class DreamBoothConfig(TrainingConfig):
     Give it a `prior`, which is a term of the paper's loss; a style does without.
     """
 
-    learning_rate: float = Field(default=1e-4, gt=0, le=1)  # SD 1.5: 5e-6, 2e-6 with its encoder
-    text_encoder_learning_rate: float = Field(default=2e-5, gt=0, le=1)  # SD 1.5: 2e-6
+    steps: int = by_base(300, large=800, ge=1, le=100_000)
+    batch_size: int = by_base(4, large=1, ge=1, le=256)
+    learning_rate: float = by_base(1e-4, large=5e-6, gt=0, le=1)
+    text_encoder_learning_rate: float = by_base(2e-5, large=2e-6, gt=0, le=1)
     token_vectors: Literal[0] = 0
 
 
 class TextualInversionConfig(TrainingConfig):
     """Textual Inversion (Gal et al. 2023): the rows of one new word, and nothing else."""
 
-    steps: int = Field(default=600, ge=1, le=100_000)  # SD 1.5: 3000 to 6000
+    steps: int = by_base(600, large=3000, ge=1, le=100_000)
+    token_learning_rate: float = by_base(5e-3, large=2e-3, gt=0, le=1)  # 5e-4 for each photo
     token_vectors: int = Field(default=1, ge=1, le=16)
     templates: Literal["object", "style"] | None = "object"  # captions; None: `prompt`
     keep_norm: bool = True  # rows stay as long as the vocabulary's are at the median

@@ -20,6 +20,7 @@ from lookalike_registry.manifest import NAME_PATTERN
 from lookalike_trainers.catalog import METHODS, MethodInfo
 from lookalike_trainers.config import TrainingConfig
 from lookalike_trainers.cost import Cost, preview
+from lookalike_trainers.defaults import defaults_on
 from lookalike_trainers.method_configs import CustomDiffusionConfig
 from lookalike_trainers.rare_tokens import rare_words
 
@@ -65,18 +66,18 @@ def complete_config(
 ) -> TrainingConfig:
     """The method's config, taken by its word: "8" is no number and 1 no truth value.
 
-    Where it has no trigger, it is the rarest word of the base's vocabulary that no other concept
-    of this owner answers to, so that prompts and merges can tell them apart; if all of them are
-    taken, the one that fewest answer to.
+    What it leaves out is as the base wants it (defaults.py). Where it has no trigger, it is the
+    rarest word of the base's vocabulary that no other concept of this owner answers to, so that
+    prompts and merges can tell them apart; if all of them are taken, the one that fewest answer to.
 
     Raises:
         InvalidRequest: no such method or base, or wrong values, with the path of each
             (`config.rank`).
     """
     config = _method(wanted.method).config
-    given = dict(wanted.config)
+    base = _base(settings, wanted.base_model)
+    given = defaults_on(base, config) | wanted.config
     if given.get("trigger") is None:
-        base = _base(settings, wanted.base_model)
         given["trigger"] = _rare_word(base, _answered_to(session, owner, base, wanted))
     try:
         return config.model_validate_json(json.dumps(given), strict=True)

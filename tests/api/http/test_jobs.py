@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,12 +13,24 @@ from lookalike_trainers.config import PriorConfig
 from lookalike_trainers.method_configs import LoraConfig
 from lookalike_trainers.rare_tokens import rare_words
 from support_api import Api, paths_of, problem_of
+from support_models import save_base
 
 
 def submit(api: Api, key: str | None = None, **changes: Any) -> Any:
     wanted = {"method": "lora", "subject_set": api.add_set()["id"]} | changes
     headers = {"Idempotency-Key": key} if key else {}
     return api.http.post("/v1/jobs", json=wanted, headers=headers)
+
+
+def test_a_job_on_a_large_base_begins_with_defaults_for_it(api: Api, tmp_path: Path) -> None:
+    base = save_base(tmp_path / "large")
+    config = json.loads((base / "unet" / "config.json").read_text())
+    (base / "unet" / "config.json").write_text(json.dumps(config | {"sample_size": 128}))
+    job = submit(api, base_model=str(base), config={"rank": 4}).json()
+    begun = job["request"]["config"]
+    assert (begun["learning_rate"], begun["rank"]) == (1e-4, 4)
+    job = submit(api, base_model=str(base), config={"learning_rate": 0.01}).json()
+    assert job["request"]["config"]["learning_rate"] == 0.01
 
 
 def test_a_job_is_queued_with_its_config_complete_and_its_base_pinned(api: Api) -> None:

@@ -23,6 +23,7 @@ from lookalike_trainers.assignment import complete
 from lookalike_trainers.base_parts import BaseParts
 from lookalike_trainers.catalog import METHODS
 from lookalike_trainers.config import TrainingConfig
+from lookalike_trainers.defaults import defaults_on
 from lookalike_trainers.evaluation.dreambench import Subject
 from lookalike_trainers.evaluation.encoders import Judges, open_judges
 from lookalike_trainers.evaluation.protocol import Contender
@@ -47,7 +48,7 @@ def contender(name: str, method: str, options: dict[str, JsonValue], base: Base)
     if info is None:
         known = ", ".join(m.name for m in METHODS)
         raise InvalidRequest(f"There is no method {method!r}; choose among {known}.")
-    given = dict(options)
+    given = defaults_on(base, info.config) | options
     if given.get("trigger") is None:
         given["trigger"] = rare_words(base.folder)[0]
     try:
