@@ -202,6 +202,7 @@ class TextualInversionConfig(TrainingConfig):
     steps: int = by_base(600, large=3000, ge=1, le=100_000)
     token_learning_rate: float = by_base(5e-3, large=2e-3, gt=0, le=1)  # 5e-4 for each photo
     token_vectors: int = Field(default=1, ge=1, le=16)
+    caption_dropout: float = Field(default=0.0, ge=0, le=1)  # without its word nothing is learned
     templates: Literal["object", "style"] | None = "object"  # captions; None: `prompt`
     keep_norm: bool = True  # rows stay as long as the vocabulary's are at the median
     train_text_encoder: Literal[False] = False

@@ -154,7 +154,10 @@ def _bases(
 def _unmergeable(manifests: Sequence[Manifest], kinds: Sequence[str]) -> Iterator[FieldProblem]:
     for place, manifest in enumerate(manifests):
         if manifest.lineage.config.get("also"):
-            message = "learned several subjects in one run, which only it can name: it merges alone"
+            message = (
+                "learned several subjects in one run, and cannot be merged: nothing else names "
+                "them. Train them apart, or list it in one generation with the others"
+            )
             yield FieldProblem(f"parents[{place}].ref", message)
     for one, other in combinations(range(len(kinds)), 2):
         if why := rules.combination(kinds[one], kinds[other]).unmerged:
