@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -183,7 +184,7 @@ class Engine:
         try:  # asking takes memory too, and leaves the walks where they stand
             asked = [one for batch in group.acting for one in batch.asked()]
             if group.worn is None:
-                self._stretch += len(asked) - 1
+                self._stretch += max(0, _changes(asked) - 1)
             said = iter(_told_by(group.base, asked, self._batch_pixels))
         except Exception as error:
             self._apart(group, error)
@@ -287,6 +288,11 @@ def _decoded(base: ResidentBase, batches: list[Batch]) -> None:
     pictures = iter(decode(base.vae, latents))
     for batch in batches:
         batch.pictures = [next(pictures) for _ in batch.numbers]
+
+
+def _changes(asked: Sequence[Asked]) -> int:
+    """How often the base changes clothes in one such step after another."""
+    return sum(one.worn != other.worn for one, other in pairwise([asked[-1], *asked]))
 
 
 def _told_by(base: ResidentBase, asked: Sequence[Asked], most: int) -> list[torch.Tensor]:

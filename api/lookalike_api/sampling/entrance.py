@@ -122,9 +122,8 @@ class Entrance:
         kept = self._adapters.take(base, by_row, only_there=only_there)
         if kept is None:
             return None
-        checks = [
-            self._adapters.look_through(base, file) for file in order.files if file not in by_row
-        ]
+        whole = [file for file in order.files if file not in by_row]
+        checks = [check for file in whole for check in self._adapters.look_through(base, file)]
         for check in checks:
             check.add_done_callback(lambda _: self._wake())
         for each in kept:

@@ -48,6 +48,7 @@ class Adapters:
         copier = ThreadPoolExecutor(1, thread_name_prefix="copier")
         # One at a time, so that who asks for the same file meanwhile finds it looked through.
         self._checker = ThreadPoolExecutor(1, thread_name_prefix="checker")
+        self._preparer = ThreadPoolExecutor(1, thread_name_prefix="preparer")
         self._prepared: set[Key] = set()
         self.host: Cache[Key, Wanted, RowAdapter] = Cache(
             "host's adapter cache", host_bytes, _bytes, _load, loaders
@@ -73,16 +74,19 @@ class Adapters:
         wanted = [(key_of(file, base), Wanted(file, base)) for file in files]
         return self.of(base).take(wanted, only_there=only_there)
 
-    def look_through(self, base: Any, file: AdapterFile) -> Future[None]:
-        """Check, beside other work, a file that the whole base is to wear; see `check`. What takes
-        long to compute of the base for it is in the cache then."""
-        return self._checker.submit(self._look_through, base, file)
+    def look_through(self, base: Any, file: AdapterFile) -> list[Future[None]]:
+        """Check, beside other work, a file that the whole base is to wear (see `check`), and put
+        what takes long to compute of the base for it into the cache."""
+        checked = self._checker.submit(check, file, base.folder)
+        key = key_of(file, base)
+        if key in self._prepared:
+            return [checked]
+        # The base itself is not held: it may have to go before this is done.
+        return [checked, self._preparer.submit(self._prepare, key, base.folder, base.cache, file)]
 
-    def _look_through(self, base: Any, file: AdapterFile) -> None:
-        check(file, base.folder)
-        if key_of(file, base) not in self._prepared:
-            find.prepare(method_of(file.path), base, file.path)
-            self._prepared.add(key_of(file, base))
+    def _prepare(self, key: Key, folder: Path, kept: Path | None, file: AdapterFile) -> None:
+        named(file, lambda: find.prepare(method_of(file.path), folder, kept, file.path))
+        self._prepared.add(key)
 
     def _copy(self, wanted: Wanted) -> RowAdapter:
         taken = self.host.take([(key_of(wanted.file, wanted.base), wanted)])

@@ -194,6 +194,7 @@ def _why(adapter: Adapter) -> str:
         "lora": "it is products of thin matrices: export it as lora or kohya",
         "svdiff": "the export does not multiply its spectra out",
         "diff_fit": "the export does not fold its scales into weights",
+        "composition": "of merged versions the export has only those of LoRAs without words",
         "textual_inversion": "it is a word alone: export it as diffusers or kohya",
     }.get(adapter.method, "what it does depends on the prompt, the layer or the step")
 

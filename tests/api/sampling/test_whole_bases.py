@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy
 import pytest
+import torch
 
 from lookalike_api.sampling.engine import STRETCH
 from lookalike_api.sampling.messages import AdapterFile, Region
@@ -198,4 +199,24 @@ def test_what_takes_long_to_compute_of_the_base_is_computed_beside_other_work(
 
     monkeypatch.setattr(svdiff, "_svd", seen)
     engine.paint(adapters=files[1:])
-    assert threads.keys() == {"checker"}
+    assert threads.keys() == {"preparer"}
+
+
+def test_modules_of_other_orders_are_whole_while_something_is_computed_of_a_base(
+    base_folder: Path, files: list[AdapterFile], tmp_path: Path
+) -> None:
+    """To build a model patches all of torch for a moment: others' parameters come out on "meta"."""
+    stop = threading.Event()
+
+    def work() -> None:
+        while not stop.is_set():
+            svdiff.prepare(base_folder, tmp_path, files[1].path)
+
+    worker = threading.Thread(target=work)
+    worker.start()
+    try:
+        rows = [torch.nn.Embedding(2, 3).weight for _ in range(5000)]
+    finally:
+        stop.set()
+        worker.join()
+    assert {row.device.type for row in rows} == {"cpu"}

@@ -15,7 +15,7 @@ from lookalike_trainers.catalog import (
     METHODS,
     MethodInfo,
 )
-from lookalike_trainers.methods.method import Builder, Wear, Wearer
+from lookalike_trainers.methods.method import Builder, Wear
 from lookalike_trainers.methods.row_adapter import Rows
 
 
@@ -31,10 +31,11 @@ def wear_of(method: str) -> Wear:
     return wear
 
 
-def prepare(method: str, wearer: Wearer, file: Path) -> None:
-    """Do ahead what putting the adapter on would take long for, if there is anything."""
+def prepare(method: str, base_folder: Path, kept: Path | None, file: Path) -> None:
+    """Put what wearing the adapter would take long to compute of its base into the folder of
+    caches, if there is anything."""
     if method != COMPOSITION and (entry := _info(method).prepare):
-        _load(entry)(wearer, file)
+        _load(entry)(base_folder, kept, file)
 
 
 def rows_of(method: str) -> Rows:

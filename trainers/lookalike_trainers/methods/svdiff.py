@@ -11,7 +11,7 @@ sample's forward and backward take. U, V^T and W' are kept beside W: some 8 GB m
 float32, 4 in bf16; with gradient checkpointing W' goes again at once.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,6 @@ from lookalike_datasets.features import cache
 from lookalike_platform.files import sha256_bytes
 from lookalike_registry.safetensors_header import read_header
 from lookalike_registry.tensor_file import ADAPTER_NAME, save_tensors
-from lookalike_trainers.base_parts import BaseParts
 from lookalike_trainers.config import TrainingConfig
 from lookalike_trainers.data import Batch
 from lookalike_trainers.denoiser import Denoiser, checkpoint_gradients
@@ -36,6 +35,7 @@ from lookalike_trainers.methods.groups import parameter_groups
 from lookalike_trainers.methods.method import Card, TakeOff, Wearer
 from lookalike_trainers.methods.tokens import TokenRows, learn_rows, saved_rows, wear_words
 from lookalike_trainers.objective import weighted_mse
+from lookalike_trainers.streamed import stored_weights
 
 NAME = "svdiff"
 PREFIX = "spectrum."
@@ -95,30 +95,31 @@ def wear(wearer: Wearer, file: Path, scale: float, word: str) -> TakeOff:
     from safetensors.torch import load_file
 
     tensors = load_file(file)
-    changes = changed(tensors, scale, _weights(wearer), wearer.cache)
+    names = _shifted(tensors)
+    if wearer.unet.dtype == torch.float32:
+        weights = deltas.base_values(wearer)
+    else:  # the factors of weights rounded to half precision are others
+        stored = stored_weights(wearer.folder, names)
+        weights = {name: weight.to(wearer.unet.device) for name, weight in stored}
+    changes = changed(tensors, scale, weights, wearer.cache)
     with ExitStack() as undo:
         undo.callback(wear_words(wearer, tensors, word))
         undo.callback(deltas.wear_deltas(wearer, changes, 1.0))
         return undo.pop_all().close
 
 
-def prepare(wearer: Wearer, file: Path) -> None:
-    """Put the factors that `wear` needs into the base's cache: of a large base takes minutes.
+def prepare(base_folder: Path, kept: Path | None, file: Path) -> None:
+    """Put the factors that `wear` needs into the cache: of a large base takes minutes.
 
-    Of the weights in its files: those in memory are at work meanwhile.
+    Safe beside a base that is at work: its files are read, and no model is built.
     """
-    weights = deltas.parameters_of(BaseParts(wearer.folder, torch.device("cpu")))
-    for key in read_header(file).tensors:
-        if key.startswith(PREFIX):
-            decompose(weights[key.removeprefix(PREFIX)], wearer.cache)
+    for _, weight in stored_weights(base_folder, _shifted(read_header(file).tensors)):
+        decompose(weight, kept)
 
 
-def _weights(wearer: Wearer) -> Mapping[str, torch.Tensor]:
-    """The base's own in float32, as in training: the factors of weights rounded to half precision,
-    or changed by another adapter, are others."""
-    if wearer.unet.dtype == torch.float32:
-        return deltas.base_values(wearer)
-    return deltas.parameters_of(BaseParts(wearer.folder, wearer.unet.device))
+def _shifted(keys: Iterable[str]) -> set[str]:
+    """The weights whose spectra an adapter file shifts."""
+    return {key.removeprefix(PREFIX) for key in keys if key.startswith(PREFIX)}
 
 
 def changed(
