@@ -78,15 +78,18 @@ class Adapters:
         """Check, beside other work, a file that the whole base is to wear (see `check`), and put
         what takes long to compute of the base for it into the cache."""
         checked = self._checker.submit(check, file, base.folder)
+        prepare = named(file, lambda: find.prepare_of(method_of(file.path)))
         key = key_of(file, base)
-        if key in self._prepared:
+        if prepare is None or key in self._prepared:
             return [checked]
         # The base itself is not held: it may have to go before this is done.
-        return [checked, self._preparer.submit(self._prepare, key, base.folder, base.cache, file)]
+        prepared = self._preparer.submit(prepare, base.folder, base.cache, file.path)
+        prepared.add_done_callback(lambda done: self._note(key, done))
+        return [checked, prepared]
 
-    def _prepare(self, key: Key, folder: Path, kept: Path | None, file: AdapterFile) -> None:
-        named(file, lambda: find.prepare(method_of(file.path), folder, kept, file.path))
-        self._prepared.add(key)
+    def _note(self, key: Key, prepared: Future[None]) -> None:
+        if not prepared.cancelled() and prepared.exception() is None:
+            self._prepared.add(key)
 
     def _copy(self, wanted: Wanted) -> RowAdapter:
         taken = self.host.take([(key_of(wanted.file, wanted.base), wanted)])

@@ -220,3 +220,22 @@ def test_modules_of_other_orders_are_whole_while_something_is_computed_of_a_base
         stop.set()
         worker.join()
     assert {row.device.type for row in rows} == {"cpu"}
+
+
+def test_others_do_not_wait_for_what_is_computed_of_a_base_for_one(
+    engine: Orders, files: list[AdapterFile], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened, decomposed = threading.Event(), svdiff._svd
+
+    def slow(matrix: Any) -> Any:
+        assert opened.wait(20)
+        return decomposed(matrix)
+
+    monkeypatch.setattr(svdiff, "_svd", slow)
+    waits, goes = engine.send(adapters=files[1:]), engine.send(adapters=files[:1])
+    (end,) = engine.until(goes)
+    assert end["type"] == "done"
+    assert {told["number"] for told in engine.told} == {goes}
+    opened.set()
+    (end,) = engine.until(waits)
+    assert end["type"] == "done"

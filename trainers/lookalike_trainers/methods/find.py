@@ -1,5 +1,6 @@
 """From a method's name in catalog.METHODS to its code. Torch."""
 
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,9 @@ from lookalike_trainers.catalog import (
 from lookalike_trainers.methods.method import Builder, Wear
 from lookalike_trainers.methods.row_adapter import Rows
 
+Prepare = Callable[[Path, Path | None, Path], None]
+"""Called with the base's folder, the folder of caches and the adapter's file."""
+
 
 def builder_of(method: str) -> Builder:
     """What builds the method on a base. Raises InvalidRequest if there is none of this name."""
@@ -31,11 +35,11 @@ def wear_of(method: str) -> Wear:
     return wear
 
 
-def prepare(method: str, base_folder: Path, kept: Path | None, file: Path) -> None:
-    """Put what wearing the adapter would take long to compute of its base into the folder of
-    caches, if there is anything."""
-    if method != COMPOSITION and (entry := _info(method).prepare):
-        _load(entry)(base_folder, kept, file)
+def prepare_of(method: str) -> Prepare | None:
+    """What puts into the folder of caches what wearing its adapters would take long to compute of
+    their base; None if there is nothing."""
+    entry = None if method == COMPOSITION else _info(method).prepare
+    return _load(entry) if entry else None
 
 
 def rows_of(method: str) -> Rows:
