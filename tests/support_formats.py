@@ -9,6 +9,7 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLP
 
 from lookalike_platform.diffusion import decode, denoise, noise
 from lookalike_platform.samplers import make_sampler
+from lookalike_registry.formats.export import Exported, export
 from lookalike_trainers.base_parts import BaseParts
 from lookalike_trainers.catalog import METHODS
 from lookalike_trainers.methods.find import builder_of, wear_of
@@ -78,3 +79,8 @@ def we_paint(base: Path, prompt: str, method: str = "", file: Path | None = None
 
 def same(one: numpy.ndarray, other: numpy.ndarray) -> bool:
     return int(numpy.abs(one - other).max()) <= 1
+
+
+def exported(file: Path, base: Path, form: str, folder: Path, rank: int | None = None) -> Exported:
+    folder.mkdir(exist_ok=True)
+    return export(file, base, form, base.name, folder, rank)
