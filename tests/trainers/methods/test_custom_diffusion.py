@@ -1,6 +1,7 @@
 """Custom Diffusion against diffusers' own attention processor of it, in float64."""
 
 import shutil
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from lookalike_trainers.method_configs import CustomDiffusionConfig
 from lookalike_trainers.methods.custom_diffusion import CustomDiffusion, build, wear
 from lookalike_trainers.methods.method import Card
 from lookalike_trainers.prepare import prepare
+from lookalike_trainers.rare_tokens import rare_words
 from lookalike_trainers.run_request import MoreSubject
 from lookalike_trainers.subjects import subjects_of
 from support_images import photo
@@ -234,13 +236,18 @@ def test_with_several_subjects_every_word_is_learned_the_last_one_too(
     assert (len(bucket.photos), len(bucket.class_images)) == (3, 2)  # a dog and a cat
 
     method = build(parts, config)
-    start = method.words[0][0].rows.detach().clone()
+    starts = [word.rows.detach().clone() for (word,) in method.words]
+    table = method.module.text_encoders[0].get_input_embeddings().weight
+    rare = [word for word in rare_words(parts.folder) if word != "ktn"]
+    for start, rarest in zip(starts[1:], cycle(rare), strict=False):
+        (token,) = parts.tokenizers[0](rarest, add_special_tokens=False).input_ids
+        torch.testing.assert_close(start, table[[token]])
     optimizer = torch.optim.AdamW(method.parameter_groups())
     one = data.batch(0, 0, 0, 1)  # of one photo each
     method.loss(one.answered_by(method.module), one).backward()
     optimizer.step()
     assert len(method.words) == 3
-    for (word,) in method.words:
+    for (word,), start in zip(method.words, starts, strict=True):
         assert not torch.isclose(word.rows, start, rtol=0, atol=1e-4).any()
 
     file = method.save(tmp_path, CARD)

@@ -6,12 +6,14 @@ Only the cross-attention's projections of the text c and the rows of the modifie
 
 The first text token begins every prompt, whatever is in it: its K and V pass no gradient on, as in
 the published code. V* starts from a rare word, and stands before the class noun. Several subjects
-may be learned at once: one V* each, one W^k and W^v for all, photos in any order (section 3.2).
+may be learned at once: one V* each, from another rare word each, one W^k and W^v for all, photos in
+any order (section 3.2).
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from functools import partial
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,7 @@ from lookalike_trainers.methods.tokens import (
     wear_words,
 )
 from lookalike_trainers.objective import weighted_mse
+from lookalike_trainers.rare_tokens import rare_words
 
 NAME = "custom_diffusion"
 KEYS_AND_VALUES = ("attn2.to_k.weight", "attn2.to_v.weight")
@@ -54,9 +57,8 @@ class CustomDiffusion:
             layer.weight.requires_grad_(True)
             layer.register_forward_hook(_hold_first_token)
         self.words = [
-            learn_rows(parts, text_encoders, word, str(config.initializer))
-            for word in parts.learned
-            if config.token_vectors
+            learn_rows(parts, text_encoders, word, start)
+            for word, start in zip(parts.learned, _starts(parts, config), strict=False)
         ]
         if config.gradient_checkpointing:
             checkpoint_gradients(unet, text_encoders)
@@ -79,6 +81,14 @@ class CustomDiffusion:
         about = {"subjects": len(self.words)}
         save_tensors(path, NAME, tensors, about, card.modelspec(NAME))
         return path
+
+
+def _starts(parts: Any, config: CustomDiffusionConfig) -> Iterator[str]:
+    """What each subject's word starts from: words that start alike are hard to tell apart."""
+    first = str(config.initializer)
+    yield first
+    others = [word for word in rare_words(parts.folder) if word != first]
+    yield from cycle(others or [first])
 
 
 def build(parts: Any, config: TrainingConfig) -> CustomDiffusion:
