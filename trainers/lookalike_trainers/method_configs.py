@@ -204,7 +204,7 @@ class TextualInversionConfig(TrainingConfig):
     token_vectors: int = Field(default=1, ge=1, le=16)
     caption_dropout: float = Field(default=0.0, ge=0, le=1)  # without its word nothing is learned
     templates: Literal["object", "style"] | None = "object"  # captions; None: `prompt`
-    keep_norm: bool = True  # rows stay as long as the vocabulary's are at the median
+    keep_norm: bool = True  # rows stay as long as the words of the vocabulary
     train_text_encoder: Literal[False] = False
 
     @property

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 from torch import nn
@@ -12,8 +13,8 @@ from lookalike_trainers.methods.tokens import (
     TokenRows,
     embeddings,
     learn_rows,
-    median_norm,
     wear_words,
+    word_norm,
     word_rows,
 )
 from support_models import RESOLUTION, WIDTH, save_base
@@ -61,28 +62,46 @@ def test_rows_held_at_a_norm_have_it_and_the_gradient_of_the_formula() -> None:
     torch.testing.assert_close(layer.rows.grad, expected, rtol=1e-10, atol=0)
 
 
-def test_the_median_norm_is_the_vocabulary_s(base: Path) -> None:
-    encoder = BaseParts(base, CPU).text_encoders[0]
-    table = encoder.state_dict()
-    weight = next(t for name, t in table.items() if name.endswith("token_embedding.weight"))
-    assert median_norm(encoder) == pytest.approx(sorted(weight.norm(dim=1))[(len(weight) - 1) // 2])
+def test_the_words_length_is_that_of_rows_that_were_trained(base: Path) -> None:
+    """Nine rows in ten stay as short as they were drawn, and the longest is no measure."""
+    (encoder,) = BaseParts(base, CPU).text_encoders
+    table = embeddings(encoder).token_embedding.weight
+    trained = torch.arange(len(table)) % 10 == 0
+    with torch.no_grad():
+        table.copy_(nn.functional.normalize(table, dim=1) * torch.where(trained, 0.9, 0.3)[:, None])
+        table[0] *= 100
+    assert word_norm(encoder) == pytest.approx(0.9)
 
 
-@pytest.mark.parametrize(("longer", "held"), [(3.0, 3.0), (0.1, 1.0)])
-def test_rows_are_held_at_the_initialiser_s_norm_where_it_is_above_the_median(
-    base: Path, longer: float, held: float
-) -> None:
+def test_rows_are_held_at_the_length_of_the_vocabulary_s_words(base: Path) -> None:
     parts = BaseParts(base, CPU)
     parts.learn("sks", 2)
     (encoder,) = parts.text_encoders
-    (number,) = parts.tokenizers[0]("q", add_special_tokens=False).input_ids
-    table = embeddings(encoder).token_embedding.weight
-    median = median_norm(encoder)
-    with torch.no_grad():
-        table[number] *= longer * median / table[number].norm()
+    held = torch.full((2,), word_norm(encoder))
     (layer,) = learn_rows(parts, [encoder], "sks", "q", keep_norm=True)
-    expected = torch.full((2,), held * median)
-    torch.testing.assert_close(layer.vectors().norm(dim=1), expected, rtol=1e-2, atol=0)
+    torch.testing.assert_close(layer.vectors().norm(dim=1), held)
+
+
+@pytest.mark.parametrize(
+    ("count", "shares"),
+    [(1, ["wxyz"]), (2, ["wx", "yz"]), (3, ["w", "x", "yz"]), (4, [*"wxyz"]), (6, [*"wwxyyz"])],
+)
+def test_rows_start_from_the_initialiser_s_tokens_in_order(
+    base: Path, count: int, shares: list[str]
+) -> None:
+    """Each from its share of them: their mean's direction, as long as they are on average."""
+    parts = BaseParts(base, CPU)
+    (encoder,), (tokenizer,) = parts.text_encoders, parts.tokenizers
+    ids = dict(zip("wxyz", tokenizer("wxyz", add_special_tokens=False).input_ids, strict=True))
+    table = embeddings(encoder).token_embedding.weight.detach().numpy()
+    expected = []
+    for share in shares:
+        tokens = numpy.stack([table[ids[letter]] for letter in share])
+        mean = tokens.mean(0)
+        lengths = [numpy.sqrt((token**2).sum()) for token in tokens]
+        expected.append(mean / numpy.sqrt((mean**2).sum()) * numpy.mean(lengths))
+    found = word_rows(encoder, tokenizer, "wxyz", count)
+    numpy.testing.assert_allclose(found.numpy(), numpy.stack(expected), rtol=1e-5)
 
 
 @pytest.mark.parametrize("word", ["", "  "])

@@ -7,8 +7,8 @@ y: captions drawn from a fixed set (templates.py); denoiser and text encoder sta
 gradient passes through them and none is computed for their weights. SDXL learns rows for each of
 its two encoders.
 
-The rows are held at the median norm of the vocabulary's, or the initialiser's if it is longer,
-unless `keep_norm` is off: rows that grow drown the prompt's other words.
+The rows are held at the length of the vocabulary's own words (`tokens.word_norm`), unless
+`keep_norm` is off: rows that grow drown the prompt's other words, and short ones say little.
 """
 
 from collections.abc import Mapping

@@ -87,9 +87,12 @@ def embeddings(encoder: Any) -> Any:
 
 
 def word_rows(encoder: Any, tokenizer: Any, word: str, count: int) -> torch.Tensor:
-    """[count, width] to start from: the mean of the word's own tokens (Gal et al. 2023, 4).
+    """[count, width] to start from: the rows of the word's own tokens, in order.
 
-    Raises InvalidRequest for a word that the tokenizer makes none of: their mean is NaN.
+    Each row begins at its share of the tokens, one of `count` equal ones; where the tokens are
+    fewer, neighbours begin alike.
+
+    Raises InvalidRequest for a word that the tokenizer makes no tokens of.
     """
     table = embeddings(encoder).token_embedding.weight
     ids = tokenizer(word, add_special_tokens=False).input_ids
@@ -98,12 +101,28 @@ def word_rows(encoder: Any, tokenizer: Any, word: str, count: int) -> torch.Tens
             f"The base's tokenizer makes no tokens of {word!r}, which a learned word is to start "
             "from: name another word as initializer."
         )
-    return table[ids].mean(0, keepdim=True).expand(count, -1).detach().clone()
+    starts = [row * len(ids) // count for row in range(count)]
+    ends = [*starts[1:], len(ids)]
+    tokens = table[ids].detach()
+    return torch.stack(
+        [_mean(tokens[a : max(b, a + 1)]) for a, b in zip(starts, ends, strict=True)]
+    )
 
 
-def median_norm(encoder: Any) -> float:
-    """Of the rows of the encoder's own vocabulary."""
-    return float(embeddings(encoder).token_embedding.weight.float().norm(dim=-1).median())
+def _mean(rows: torch.Tensor) -> torch.Tensor:
+    """Their mean's direction at the mean of their lengths: rows that point apart have a mean that
+    is shorter than any word."""
+    return nn.functional.normalize(rows.mean(0), dim=0) * rows.norm(dim=-1).mean()
+
+
+def word_norm(encoder: Any) -> float:
+    """How long a row is that was trained: longer than 95% of the vocabulary's.
+
+    Not the median: most rows of a small base's vocabulary are hardly trained, and a third as long
+    as its nouns'. Where all are trained, as CLIP's, they differ little.
+    """
+    table = embeddings(encoder).token_embedding.weight
+    return float(table.float().norm(dim=-1).quantile(0.95))
 
 
 def learn_rows(
@@ -111,14 +130,13 @@ def learn_rows(
 ) -> list[TokenRows]:
     """Rows for a word that `parts.learn` made tokens of, one `TokenRows` an encoder.
 
-    keep_norm: hold them at the median norm of the encoder's vocabulary, or at the initialiser's
-        where that is longer: most rows of a small base's vocabulary are short, never trained.
+    keep_norm: hold them at the length of the encoder's own words.
     """
     names = parts.learned[word]
     layers = []
     for encoder, tokenizer in zip(encoders, parts.tokenizers, strict=True):
         start = word_rows(encoder, tokenizer, initializer, len(names))
-        norm = max(median_norm(encoder), float(start[0].norm())) if keep_norm else None
+        norm = word_norm(encoder) if keep_norm else None
         first = tokenizer.convert_tokens_to_ids(names[0])
         layers.append(add_rows(encoder, start, first, norm))
     return layers
