@@ -17,6 +17,8 @@ from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import urlsplit
 
+from lookalike_platform.errors import Conflict
+
 log = logging.getLogger(__name__)
 
 CALL_SECONDS = 1.0
@@ -35,7 +37,10 @@ def call(url: str) -> None:
 
 
 def listen(url: str, serve: Callable[[], None], metrics: Callable[[], str]) -> ThreadingHTTPServer:
-    """Answer calls at `url` in threads, each ticket in one of its own; `shutdown` ends it."""
+    """Answer calls at `url` in threads, each ticket in one of its own; `shutdown` ends it.
+
+    Raises Conflict if it cannot listen there.
+    """
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
@@ -63,6 +68,12 @@ def listen(url: str, serve: Callable[[], None], metrics: Callable[[], str]) -> T
             self.wfile.write(body)
 
     where = urlsplit(url)
-    server = ThreadingHTTPServer((where.hostname or "127.0.0.1", where.port or 80), Handler)
+    try:
+        server = ThreadingHTTPServer((where.hostname or "127.0.0.1", where.port or 80), Handler)
+    except OSError as error:
+        raise Conflict(
+            f"Cannot listen at {url} ({error.strerror}). One sampling worker can listen there: "
+            "start others without LOOKALIKE_SAMPLER_URL, or with an address of their own."
+        ) from error
     threading.Thread(target=server.serve_forever, name="direct", daemon=True).start()
     return server

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lookalike_api.sampling.ends import told
-from lookalike_api.sampling.loading import Adapters, acts_on_rows, named
+from lookalike_api.sampling.loading import Adapters, about, named
 from lookalike_api.sampling.messages import SampleOrder
 from lookalike_api.sampling.models import ResidentBase, ResidentBases
 from lookalike_api.sampling.painting import Painting
@@ -117,13 +117,19 @@ class Entrance:
         )
         if base is None:
             return None
-        by_row = [file for file in order.files if acts_on_rows(file)]
+        said = {file: about(file) for file in order.files}
+        by_row = [file for file in said if said[file].by_row]
         self._adapters.check(base, by_row)
         kept = self._adapters.take(base, by_row, only_there=only_there)
         if kept is None:
             return None
-        whole = [file for file in order.files if file not in by_row]
-        checks = [check for file in whole for check in self._adapters.look_through(base, file)]
+        # Nothing may be raised from here on: what is taken would never be given back.
+        checks = [
+            check
+            for file in said
+            if not said[file].by_row
+            for check in self._adapters.look_through(base, file, said[file].method)
+        ]
         for check in checks:
             check.add_done_callback(lambda _: self._wake())
         for each in kept:

@@ -4,8 +4,19 @@ from pathlib import Path
 
 from PIL import Image, ImageOps
 
+from lookalike_platform.errors import InvalidRequest
+
 
 def fitted(path: Path, mode: str, size: tuple[int, int]) -> Image.Image:
-    """A picture in this size; the middle of it, if its proportions are others."""
-    with Image.open(path) as image:
+    """A picture in this size; the middle of it, if its proportions are others.
+
+    Raises InvalidRequest if it has been deleted since it was named.
+    """
+    try:
+        opened = Image.open(path)
+    except FileNotFoundError as error:
+        raise InvalidRequest(
+            "A picture that this generation starts from, or its mask, is gone: upload it again."
+        ) from error
+    with opened as image:
         return ImageOps.fit(image.convert(mode), size, Image.Resampling.LANCZOS)

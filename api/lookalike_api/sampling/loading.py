@@ -74,11 +74,11 @@ class Adapters:
         wanted = [(key_of(file, base), Wanted(file, base)) for file in files]
         return self.of(base).take(wanted, only_there=only_there)
 
-    def look_through(self, base: Any, file: AdapterFile) -> list[Future[None]]:
+    def look_through(self, base: Any, file: AdapterFile, method: str) -> list[Future[None]]:
         """Check, beside other work, a file that the whole base is to wear (see `check`), and put
         what takes long to compute of the base for it into the cache."""
         checked = self._checker.submit(check, file, base.folder)
-        prepare = named(file, lambda: find.prepare_of(method_of(file.path)))
+        prepare = find.prepare_of(method)
         key = key_of(file, base)
         if prepare is None or key in self._prepared:
             return [checked]
@@ -105,12 +105,6 @@ def key_of(file: AdapterFile, base: Any) -> Key:
     return file.digest, base.fingerprint
 
 
-def acts_on_rows(adapter: AdapterFile) -> bool:
-    """Whether the file can act on single rows. Raises InvalidRequest for an unsound file."""
-    acts: bool = named(adapter, lambda: _about(adapter).by_row)
-    return acts
-
-
 def method_of(path: Path) -> str:
     return read_header(path).metadata.get(METHOD_KEY, "lora")
 
@@ -119,19 +113,27 @@ class About(NamedTuple):
     """by_row: whether it can act on single rows; tensors: how many; elements: of them all, by the
     bytes one takes in the file"""
 
+    method: str
     by_row: bool
     tensors: int
     elements: Mapping[int, int]
 
 
+def about(adapter: AdapterFile) -> About:
+    """What the file's header says. Raises InvalidRequest for an unsound file."""
+    said: About = named(adapter, lambda: _about(adapter))
+    return said
+
+
 @lru_cache(maxsize=4096)
 def _about(adapter: AdapterFile) -> About:
-    """What the header says: asked again and again while an order waits for room."""
+    """Kept: it is asked again and again while an order waits for room."""
     elements: Counter[int] = Counter()
     header = read_header(adapter.path)
     for tensor in header.tensors.values():
         elements[ITEM_BYTES[tensor.dtype]] += math.prod(tensor.shape)
-    return About(find.acts_on_rows(header), len(header.tensors), elements)
+    method = header.metadata.get(METHOD_KEY, "lora")
+    return About(method, find.acts_on_rows(header), len(header.tensors), elements)
 
 
 def check(adapter: AdapterFile, base_folder: Path) -> None:

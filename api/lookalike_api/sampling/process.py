@@ -10,12 +10,15 @@ import os
 import queue
 import sys
 import threading
+import traceback
 from collections.abc import Callable
 from typing import Any, TextIO
 
 from lookalike_api.sampling.messages import SampleOrder
 from lookalike_api.sampling.metrics import Pace, figures
 from lookalike_platform.settings import get_settings
+
+BEAT_SECONDS = 20.0
 
 Inbox = queue.SimpleQueue[dict[str, Any] | None]
 """Messages of the service; None only wakes whoever waits for one."""
@@ -53,12 +56,16 @@ def main() -> None:
             else:
                 engine.cancel(message["number"])
         busy = engine.turn()
+        if not busy:
+            speak({"type": "alive"})  # what loads or is computed beside may take long
 
 
 def _taken(inbox: Inbox, wait: bool) -> list[dict[str, Any]]:
-    """What has come in; with `wait` at least one thing, if only to wake us."""
-    taken = [inbox.get()] if wait else []
+    """What has come in; with `wait` the first thing, if only to wake us, or nothing for a while."""
+    taken: list[dict[str, Any] | None] = []
     with contextlib.suppress(queue.Empty):
+        if wait:
+            taken.append(inbox.get(timeout=BEAT_SECONDS))
         while True:
             taken.append(inbox.get_nowait())
     return [message for message in taken if message is not None]
@@ -90,6 +97,17 @@ def _private_standard_output() -> TextIO:
     return answers
 
 
-if __name__ == "__main__":
-    with contextlib.suppress(KeyboardInterrupt):
+def run() -> None:
+    """Ends the process at once where `main` fails: a usual end would wait for what other threads
+    compute, and all orders for that."""
+    try:
         main()
+    except KeyboardInterrupt:
+        os._exit(130)
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
+
+
+if __name__ == "__main__":
+    run()

@@ -188,6 +188,8 @@ class SamplerService:
         for line in resident.popen.stdout:
             resident.heard_at = time.monotonic()
             answer = json.loads(line)
+            if answer["type"] == "alive":
+                continue
             if answer["type"] == "metrics":
                 self.figures = answer["figures"]
                 continue

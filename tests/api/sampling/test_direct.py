@@ -13,6 +13,7 @@ from lookalike_api.sampling.service import Painted
 from lookalike_api.stack import free_port
 from lookalike_platform.blobs import open_blobs
 from lookalike_platform.db.engine import migrate, open_database
+from lookalike_platform.errors import Conflict
 from lookalike_platform.settings import Settings
 from support_api import serving
 
@@ -75,3 +76,14 @@ def test_a_sampler_that_does_not_answer_holds_nobody_up(
 ) -> None:
     direct.call(f"http://127.0.0.1:{free_port('127.0.0.1')}")
     assert "the broker will tell it" in caplog.text
+
+
+def test_an_address_that_is_taken_is_refused_with_what_to_do() -> None:
+    url = f"http://127.0.0.1:{free_port('127.0.0.1')}"
+    first = direct.listen(url, lambda: None, str)
+    try:
+        with pytest.raises(Conflict, match=r"Cannot listen at .* without LOOKALIKE_SAMPLER_URL"):
+            direct.listen(url, lambda: None, str)
+    finally:
+        first.shutdown()
+        first.server_close()

@@ -10,11 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy
 import pytest
 from PIL import Image
 
 from lookalike_api.client import Client
+from lookalike_api.stack import free_port
 from lookalike_platform.blobs import open_blobs
 from lookalike_platform.db.engine import migrate, open_database
 from lookalike_platform.errors import LookalikeError
@@ -50,13 +52,19 @@ class Installed:
 def installed(
     request: pytest.FixtureRequest, base_folder: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Installed]:
-    """A running stack with two adapters: rex, and tom, which has text encoder weights too."""
+    """A running stack with two adapters: rex, and tom, which has text encoder weights too.
+
+    The embedded one's worker listens for the API's calls.
+    """
     database, broker = request.param
     home = tmp_path_factory.mktemp(broker)
     with pytest.MonkeyPatch.context() as patch, ExitStack() as stack:
         # Threads of several processes that wait for each other cost more than they save here.
         patch.setenv("OMP_NUM_THREADS", "1")
         settings = stack.enter_context(installation(database, broker, base_folder, home))
+        if broker == "embedded":
+            url = f"http://127.0.0.1:{free_port('127.0.0.1')}"
+            settings = settings.model_copy(update={"sampler_url": url})
         adapters = {}
         migrate(settings.database_url)
         db, blobs = open_database(settings.database_url), open_blobs(settings)
@@ -84,6 +92,14 @@ def sampler_of(home: Path) -> int:
 def started(client: Client, generation_id: str) -> Any:
     """The progress of a generation once it has begun."""
     return until(lambda: client.generation(generation_id)["progress"])
+
+
+def figure(installed: Installed, name: str) -> float:
+    """One of the host's adapter cache, from where the worker listens."""
+    told = httpx.get(f"{installed.settings.sampler_url}/metrics").text
+    key = f'lookalike_adapter_cache_{name}{{cache="host"}} '
+    (line,) = [line for line in told.splitlines() if line.startswith(key)]
+    return float(line.removeprefix(key))
 
 
 def differences(ours: Sequence[bytes], theirs: Sequence[Any]) -> list[int]:
@@ -272,14 +288,17 @@ def test_a_running_generation_can_be_canceled(installed: Installed) -> None:
 
 @on_the_embedded_stack
 def test_a_sampler_killed_in_the_middle_is_started_again_and_finishes(installed: Installed) -> None:
+    """And holds no adapter any more."""
     client = installed.client
-    made = client.generate(**LONG)
+    made = client.generate(**LONG, adapters=["rex@candidate"])
     started(client, made["id"])
+    assert figure(installed, "pinned") == 1
     os.kill(sampler_of(installed.settings.home), signal.SIGKILL)
     messages: list[Any] = []
     job = client.wait(made["id"], on_event=messages.append)
     assert (job["state"], job["attempt"]) == ("succeeded", 1)
     assert any("signal 9" in event["payload"].get("text", "") for event in messages)
+    until(lambda: (figure(installed, "pinned"), figure(installed, "loads_total")) == (0, 1))
 
 
 @on_the_embedded_stack

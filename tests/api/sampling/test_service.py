@@ -1,5 +1,6 @@
 """The resident process through its supervisor: real processes, a tiny base."""
 
+import json
 import os
 import signal
 import sys
@@ -7,6 +8,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from subprocess import PIPE
 
 import numpy
 import pytest
@@ -190,6 +192,39 @@ def test_the_process_dies_with_the_one_that_started_it(tmp_path: Path) -> None:
     parent.wait()
     while _runs(child):
         time.sleep(0.02)
+
+
+PROCESS = [sys.executable, "-c"]
+
+
+def test_a_process_that_waits_says_that_it_lives() -> None:
+    """For what loads or is computed beside takes longer than silence is borne."""
+    program = (
+        "from lookalike_api.sampling import process\nprocess.BEAT_SECONDS = 0.01\nprocess.run()\n"
+    )
+    waiting = spawn_group([*PROCESS, program], stdin=PIPE, stdout=PIPE)
+    assert waiting.stdin is not None
+    assert waiting.stdout is not None
+    assert [json.loads(waiting.stdout.readline()) for _ in range(3)] == [{"type": "alive"}] * 3
+    waiting.stdin.close()
+    assert waiting.wait(30) == 0
+    waiting.stdout.close()
+
+
+def test_a_process_that_fails_does_not_wait_for_what_it_computes_beside(tmp_path: Path) -> None:
+    program = (
+        "import time\n"
+        "from concurrent.futures import ThreadPoolExecutor\n"
+        "from lookalike_api.sampling import process\n"
+        "def main():\n"
+        "    ThreadPoolExecutor(1).submit(time.sleep, 600)\n"
+        "    raise MemoryError('of the device')\n"
+        "process.main = main\n"
+        "process.run()\n"
+    )
+    with (tmp_path / "errors").open("wb") as errors:
+        assert spawn_group([*PROCESS, program], stderr=errors).wait(60) == 1
+    assert "MemoryError: of the device" in (tmp_path / "errors").read_text()
 
 
 def _runs(pid: int) -> bool:

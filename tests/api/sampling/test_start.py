@@ -14,6 +14,7 @@ from PIL import Image
 
 from lookalike_api.sampling.fitting import fitted
 from lookalike_api.sampling.messages import AdapterFile, SampleOrder
+from lookalike_platform.errors import InvalidRequest
 from lookalike_platform.samplers import SAMPLERS, make_sampler
 from support_images import picture
 from support_models import save_base
@@ -229,6 +230,11 @@ def test_an_order_keeps_its_pictures_on_the_way_to_the_process(
     assert SampleOrder.from_json(sent.to_json()) == sent
     from_noise = replace(sent, init_image=None, mask_image=None, strength=None)
     assert SampleOrder.from_json(from_noise.to_json()) == from_noise
+
+
+def test_a_picture_that_is_gone_is_told_with_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(InvalidRequest, match="is gone: upload it again"):
+        fitted(tmp_path / "0.png", "RGB", (64, 64))
 
 
 def test_files_are_opened_in_the_size_to_paint(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """A generate job's ways to its end, with a stand-in for the sampler; both databases."""
 
 import json
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -306,3 +307,16 @@ def test_the_worker_side_of_sampling_imports_no_torch(tmp_path: Path) -> None:
     program = "import sys, lookalike_api.sampling.task; print('torch' in sys.modules)"
     said = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert said.stdout.strip() == "False", said.stderr
+
+
+def test_a_call_takes_a_place_or_leaves_the_job_to_the_message(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    places, served = threading.BoundedSemaphore(1), []
+    monkeypatch.setattr(task, "_places", lambda: places)
+    monkeypatch.setattr(task, "_serve", lambda: served.append(places.acquire(blocking=False)))
+    task._called()
+    with places:
+        task._called()
+    task._called()
+    assert served == [False, False]  # each had the place, and gave it back

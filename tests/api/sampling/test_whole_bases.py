@@ -87,6 +87,26 @@ def test_a_file_that_has_changed_since_is_refused_by_name(
     assert read[one.path] == 2
 
 
+def test_a_file_that_is_gone_leaves_nothing_pinned_beside_it(
+    base_folder: Path, files: list[AdapterFile], tmp_path: Path
+) -> None:
+    """The next adapter has room, in a budget for one."""
+    rows = []
+    for seed in range(2):
+        path = tmp_path / f"rows-{seed}.safetensors"
+        rows.append(AdapterFile(f"rows-{seed}@1", save_adapter(path, base_folder, seed), path, 1.0))
+    roomy = engine_of(base_folder)
+    roomy.paint(adapters=rows[:1])
+    engine = engine_of(base_folder, adapter_bytes=roomy.engine.adapters.host.held)
+    pair = (rows[0], files[0])
+    engine.paint(adapters=pair)
+    files[0].path.unlink()
+    (end,) = engine.until(engine.send(adapters=pair))
+    assert end["problem"]["detail"] == "dreambooth@1: its file is gone."
+    assert engine.engine.adapters.host.pinned == []
+    engine.paint(adapters=(rows[1],))
+
+
 def test_a_file_is_looked_through_while_others_are_painted(
     engine: Orders, files: list[AdapterFile], monkeypatch: pytest.MonkeyPatch
 ) -> None:
