@@ -2,7 +2,8 @@
 
 batch      16 requests with 16 adapters at once, beside diffusers that loads, paints and unloads
            one after another: cold, so that we too read every file and every text, and warm, as
-           they are in memory; and warm beside 16 requests at once without adapters
+           they are in memory; and warm beside 16 requests at once without adapters; what is left
+           to gain: the time of the denoiser's calls alone
 rows       the denoiser with a LoRA of rank 8 on every attention layer, another for each of 8
            rows, beside the denoiser alone
 switch     rows wear another adapter that is in memory: the cache, K's and V's answers, layers
@@ -93,6 +94,12 @@ def batch(painter: Painter, worn: list[AdapterFile], asked: argparse.Namespace) 
     )
     print(f"warm {warm:.2f} s, without adapters {bare:.2f} s ({painter.steps} steps)")
     print(f"    cold {slow / cold:.2f} times the throughput (bar 4), warm {slow / warm:.2f}")
+    text = _texts(painter, 2 * MANY)  # guided: two rows each
+    with torch.inference_mode():
+        calls = [_denoise(painter, text) for _ in range(1 + 5 * asked.rounds)][1:]
+    least = statistics.median(calls) * painter.steps
+    print(f"    all rows in one call of the denoiser, alone: {least:.2f} s, so at most ", end="")
+    print(f"{slow / least:.2f} times by batching")
     print(f"    warm {warm / bare:.3f} of the time without adapters (bar 1.25)")
 
 
