@@ -101,14 +101,14 @@ def export(
         str, typer.Option("--format", help="diffusers, lora, kohya or model.")
     ] = "kohya",
     rank: Annotated[
-        int | None, typer.Option(help="Of a LoRA made of what DreamBooth changed.")
+        int | None, typer.Option(help="Of a LoRA made of what DreamBooth or SVDiff changed.")
     ] = None,
     url: Url = None,
     as_json: AsJson = False,
 ) -> None:
     """Save a version as other programs load it: kohya is for A1111 and ComfyUI.
 
-    model is the whole base with what DreamBooth changed in it.
+    model is the whole base with what DreamBooth, SVDiff or DiffFit changed in it.
     """
     with connect(url) as look:
         saved, left_out = look.export(ref, form, folder, rank)

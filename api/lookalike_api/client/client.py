@@ -232,7 +232,7 @@ class Client:
     ) -> tuple[list[Path], float]:
         """Save an adapter version as other programs load it: diffusers, lora, kohya or model.
 
-        rank: of a LoRA made of a dense change, DreamBooth's or Custom Diffusion's.
+        rank: of a LoRA made of a dense change, DreamBooth's, SVDiff's or Custom Diffusion's.
 
         Returns:
             the files, and which part of the change (0 to 1) a LoRA could not hold.

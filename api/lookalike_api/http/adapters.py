@@ -191,7 +191,8 @@ def export_version(
 
     `diffusers`: what it is, in diffusers' own layout; `lora`: a LoRA for diffusers, made of dense
     changes by truncated SVD; `kohya`: a LoRA or an embedding for A1111 and ComfyUI; `model`: the
-    base with a dense change in it, whole. `rank` is that of a LoRA made of a dense change; the
+    base with a dense change in it, whole. Dense are the changes of Custom Diffusion, DreamBooth,
+    SVDiff and, as `model` alone, DiffFit. `rank` is that of a LoRA made of a dense change; the
     header `Lookalike-Left-Out` tells which part of the change it could not hold, 0 to 1.
     """
     with context.db.read_session() as session:
@@ -204,7 +205,8 @@ def export_version(
         )
     weights = context.blobs.path(version.digest)
     with TemporaryDirectory() as folder:
-        made = export_apart(weights, base.folder, form, base.family, FilePath(folder), rank)
+        cache = context.settings.cache
+        made = export_apart(weights, base.folder, form, base.family, FilePath(folder), rank, cache)
         zipped = TemporaryFile()  # noqa: SIM115 - closed when it has been sent
         with zipfile.ZipFile(zipped, "w") as archive:
             for path in made.paths:

@@ -26,8 +26,9 @@ def main() -> int:
 
 
 def _export(order: dict[str, Any]) -> dict[str, Any]:
-    adapter, base, folder = (Path(order[key]) for key in ("adapter", "base", "folder"))
-    made = export(adapter, base, order["form"], order["family"], folder, order["rank"])
+    paths = (Path(order[key]) for key in ("adapter", "base", "folder", "cache"))
+    adapter, base, folder, cache = paths
+    made = export(adapter, base, order["form"], order["family"], folder, order["rank"], cache)
     files = [path.relative_to(folder).as_posix() for path in made.files]
     return {"files": files, "left_out": made.error}
 

@@ -5,7 +5,8 @@
     kohya       a LoRA, or an embedding, as A1111 and ComfyUI load it
     model       the base with the dense changes in it, a whole diffusers folder
 
-Learned words are a file of their own in all of them.
+Learned words are a file of their own in all of them. What SVDiff's spectra and DiffFit's scales
+make of the base is a dense change too.
 """
 
 import shutil
@@ -18,7 +19,9 @@ import torch
 
 from lookalike_platform.errors import CapabilityMissing
 from lookalike_platform.files import atomic_write
+from lookalike_registry import block_scales, spectra
 from lookalike_registry.adapter_file import WEIGHTS_NAME, LoraCard
+from lookalike_registry.base_weights import stored_weights
 from lookalike_registry.compose.low_rank import compress
 from lookalike_registry.formats import custom_diffusion
 from lookalike_registry.formats.diffusers_lora import save_diffusers
@@ -39,6 +42,7 @@ class Adapter:
     """One of our files, open. tensors: by their keys in adapter files; none for plain LoRA's.
 
     rank: of the LoRA that dense changes are made into; None: as SHARE needs.
+    cache: the folder of caches, for SVDiff's factors of the base.
     """
 
     path: Path
@@ -48,6 +52,7 @@ class Adapter:
     tensors: Mapping[str, torch.Tensor]
     base_folder: Path
     rank: int | None = None
+    cache: Path | None = None
 
     @property
     def words(self) -> dict[str, dict[str, torch.Tensor]]:
@@ -67,8 +72,22 @@ class Adapter:
         return {key.partition(".")[0] for key in self.tensors} - {"tokens"}
 
     @property
+    def dense(self) -> bool:
+        """Whether it is dense changes, words aside."""
+        return self.of_matrices or self.kinds == {"delta", "diff_fit"}
+
+    @property
+    def of_matrices(self) -> bool:
+        """Whether it is dense changes that a LoRA can be made of."""
+        return self.kinds in ({"delta"}, {"spectrum"})
+
+    @property
     def deltas(self) -> dict[str, torch.Tensor]:
-        return self._of("delta")
+        """The dense changes, made of the base's weights where the file holds less than them."""
+        names = spectra.shifted(self.tensors) | block_scales.scaled(self.tensors)
+        weights = dict(stored_weights(self.base_folder, names))
+        multiplied = spectra.changed(self.tensors, 1.0, weights, self.cache)
+        return self._of("delta") | multiplied | block_scales.fold(self.tensors, weights)
 
     def _of(self, kind: str) -> dict[str, torch.Tensor]:
         return {k: t for k, t in self.tensors.items() if k.startswith(f"{kind}.")}
@@ -83,22 +102,29 @@ class Exported:
 
 
 def export(
-    path: Path, base_folder: Path, form: str, family: str, folder: Path, rank: int | None = None
+    path: Path,
+    base_folder: Path,
+    form: str,
+    family: str,
+    folder: Path,
+    rank: int | None = None,
+    cache: Path | None = None,
 ) -> Exported:
     """Write the files of a format (`FORMATS`) into the folder.
 
     Args:
         rank: of the LoRA that dense changes are made into; None: what keeps SHARE of them.
+        cache: the folder of caches; None: nothing is kept.
 
     Raises CapabilityMissing for an adapter that the format cannot hold.
     """
-    adapter = replace(_open(path, base_folder, family), rank=rank)
+    adapter = replace(_open(path, base_folder, family), rank=rank, cache=cache)
     return FORMATS[form](adapter, folder)
 
 
 def _as_diffusers(adapter: Adapter, folder: Path) -> Exported:
     if adapter.method != custom_diffusion.NAME:
-        if adapter.kinds == {"delta"}:
+        if adapter.of_matrices:
             raise CapabilityMissing(f"{adapter.method} in diffusers' layout: export it as lora")
         return _as_lora(adapter, folder)
     files = [folder / custom_diffusion.WEIGHTS_NAME]
@@ -138,7 +164,7 @@ def _as_kohya(adapter: Adapter, folder: Path) -> Exported:
 
 
 def _as_model(adapter: Adapter, folder: Path) -> Exported:
-    if adapter.kinds != {"delta"}:
+    if not adapter.dense:
         raise CapabilityMissing(f"{adapter.method} as a whole model: {_why(adapter)}")
     files = save_model(adapter.deltas, adapter.base_folder, folder)
     for word, rows in adapter.words.items():
@@ -177,13 +203,13 @@ def _open(path: Path, base_folder: Path, family: str) -> Adapter:
 def _products(adapter: Adapter) -> tuple[dict[str, Product], float]:
     """The adapter as products, and what that leaves out of it.
 
-    Raises CapabilityMissing where it is neither products nor dense changes.
+    Raises CapabilityMissing where it is neither products nor dense changes of matrices.
     """
     if not adapter.tensors:
         return read_lora(adapter.path), 0.0
     if (adapter.kinds <= {"lora"} and adapter.method == "lora") or not adapter.kinds:
         return loaded_products(adapter.tensors), 0.0
-    if adapter.kinds == {"delta"}:
+    if adapter.of_matrices:
         return _compressed(adapter.deltas, adapter.rank)
     raise CapabilityMissing(f"{adapter.method} as a LoRA: {_why(adapter)}")
 
@@ -192,8 +218,7 @@ def _why(adapter: Adapter) -> str:
     """What keeps it from being fixed weights in a file for other programs."""
     return {
         "lora": "it is products of thin matrices: export it as lora or kohya",
-        "svdiff": "the export does not multiply its spectra out",
-        "diff_fit": "the export does not fold its scales into weights",
+        "diff_fit": "a LoRA has no biases, norms or scales: export it as model",
         "composition": "of merged versions the export has only those of LoRAs without words",
         "textual_inversion": "it is a word alone: export it as diffusers or kohya",
     }.get(adapter.method, "what it does depends on the prompt, the layer or the step")

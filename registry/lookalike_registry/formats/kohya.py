@@ -5,11 +5,12 @@
     lora_unet_<…>.alpha                                        W' = W + (alpha / rank) B A
     lora_unet_<…>.dora_scale                                   m [out, 1] or [out, 1, 1, 1], read as
                                                                LyCORIS trains it: the rows' lengths
-    lora_te_text_model_<…>                                     lora_te1_, lora_te2_ for SDXL
+    lora_te_text_model_<…>                                     lora_te1_, lora_te2_ for SDXL, whose
+                                                               lora_te2_text_projection is outside
 
 Underscores are in names too, so a name is only read back by knowing the base's modules. kohya names
 SDXL's UNet as its first publication did (`input_blocks_4_1_…`): both ways are read, and the names
-of diffusers are written, which all three programs take.
+of diffusers are written, which all three programs take, but for SDXL's add_embedding.
 """
 
 import json
@@ -34,6 +35,8 @@ _RESNET = {
     "time_emb_proj": "emb_layers.1",
     "conv_shortcut": "skip_connection",
 }
+_PUBLISHED = {"add_embedding.linear_1": "label_emb.0.0", "add_embedding.linear_2": "label_emb.0.2"}
+"""Of these A1111 and diffusers know no other name."""
 
 
 def to_kohya(products: Mapping[str, Product], base_folder: Path) -> dict[str, torch.Tensor]:
@@ -139,9 +142,10 @@ def spellings(base_folder: Path) -> dict[str, str]:
 def _spelled(name: str, two_encoders: bool) -> str:
     part, _, module = name.partition(".")
     if part == "unet":
-        return f"lora_unet_{module.replace('.', '_')}"
+        return f"lora_unet_{_PUBLISHED.get(module, module).replace('.', '_')}"
     number = ("2" if part.endswith("_2") else "1") if two_encoders else ""
-    return f"lora_te{number}_text_model_{module.replace('.', '_')}"
+    inner = module if module == "text_projection" else f"text_model.{module}"
+    return f"lora_te{number}_{inner.replace('.', '_')}"
 
 
 def _as_published(module: str, layers: int) -> str:

@@ -41,7 +41,13 @@ class About:
 
 
 def export_apart(
-    adapter: Path, base: Path, form: str, family: str, folder: Path, rank: int | None = None
+    adapter: Path,
+    base: Path,
+    form: str,
+    family: str,
+    folder: Path,
+    rank: int | None,
+    cache: Path,
 ) -> Exported:
     """Write the files of a format into the folder; see `export.export`.
 
@@ -55,6 +61,7 @@ def export_apart(
         family=family,
         folder=str(folder),
         rank=rank,
+        cache=str(cache),
     )
     return Exported([folder / name for name in said["files"]], said["left_out"])
 

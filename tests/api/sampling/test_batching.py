@@ -29,7 +29,7 @@ pytestmark = LIBRARY_WARNINGS
 
 WORDS = [info.name for info in METHODS if info.rows]
 WHOLE = ["dreambooth", "svdiff", "diff_fit"]
-UNKNOWN_TO_DIFFUSERS = {"perfusion", "t_lora", "svdiff", "diff_fit"}
+UNKNOWN_TO_DIFFUSERS = {"perfusion", "t_lora"}
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +102,7 @@ def in_diffusers(base_folder: Path, wanted: dict[str, Any], folder: Path) -> Any
         return in_the_plain_loop(base_folder, wanted)
     prompt = wanted["prompt"].replace(file.word, "<sks>") if file.word else wanted["prompt"]
     source = base_folder
-    if method == "dreambooth":
+    if method in WHOLE:
         source = folder / "model"
         export(file.path, base_folder, "model", "sd1", source)
     pipe = StableDiffusionPipeline.from_pretrained(source)
@@ -117,7 +117,7 @@ def in_diffusers(base_folder: Path, wanted: dict[str, Any], folder: Path) -> Any
         pipe.unet, pipe.tokenizer = parts.unet, parts.tokenizers[0]
         pipe.text_encoder = parts.text_encoders[0]
         prompt = spell(wanted["prompt"], parts.learned)
-    elif method != "dreambooth":
+    elif method not in WHOLE:
         folder.mkdir(exist_ok=True)
         *weights, word = export(file.path, base_folder, "diffusers", "sd1", folder).files
         for path in weights:

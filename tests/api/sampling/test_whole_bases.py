@@ -13,7 +13,7 @@ import torch
 from lookalike_api.sampling.engine import STRETCH
 from lookalike_api.sampling.messages import AdapterFile, Region
 from lookalike_platform.files import sha256_file
-from lookalike_registry import check
+from lookalike_registry import check, spectra
 from lookalike_trainers.methods import svdiff
 from support_methods import CARD, trained
 from support_sampling import LIBRARY_WARNINGS, Orders, engine_of, save_adapter
@@ -211,13 +211,13 @@ def test_what_takes_long_to_compute_of_the_base_is_computed_beside_other_work(
 ) -> None:
     """SVDiff's decompositions: of a large base they take minutes."""
     threads: Counter[str] = Counter()
-    decomposed = svdiff._svd
+    decomposed = spectra._svd
 
     def seen(matrix: Any) -> Any:
         threads[threading.current_thread().name.partition("_")[0]] += 1
         return decomposed(matrix)
 
-    monkeypatch.setattr(svdiff, "_svd", seen)
+    monkeypatch.setattr(spectra, "_svd", seen)
     engine.paint(adapters=files[1:])
     assert threads.keys() == {"preparer"}
 
@@ -245,13 +245,13 @@ def test_modules_of_other_orders_are_whole_while_something_is_computed_of_a_base
 def test_others_do_not_wait_for_what_is_computed_of_a_base_for_one(
     engine: Orders, files: list[AdapterFile], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    opened, decomposed = threading.Event(), svdiff._svd
+    opened, decomposed = threading.Event(), spectra._svd
 
     def slow(matrix: Any) -> Any:
         assert opened.wait(20)
         return decomposed(matrix)
 
-    monkeypatch.setattr(svdiff, "_svd", slow)
+    monkeypatch.setattr(spectra, "_svd", slow)
     waits, goes = engine.send(adapters=files[1:]), engine.send(adapters=files[:1])
     (end,) = engine.until(goes)
     assert end["type"] == "done"

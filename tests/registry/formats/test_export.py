@@ -181,18 +181,46 @@ def test_custom_diffusion_as_a_lora_keeps_what_its_error_says(base: Path, tmp_pa
     assert same(both, again)
 
 
-def test_dreambooth_as_a_whole_model_paints_the_same_in_plain_diffusers(
-    base: Path, tmp_path: Path
+@pytest.mark.parametrize("method", ["dreambooth", "svdiff", "diff_fit"])
+def test_changes_of_whole_weights_as_a_model_paint_the_same_in_plain_diffusers(
+    base: Path, tmp_path: Path, method: str
 ) -> None:
-    file = saved(base, tmp_path / "own", "dreambooth", train_text_encoder=True)
-    ours = we_paint(base, PROMPT, "dreambooth", file)
+    file = saved(base, tmp_path / "own", method, train_text_encoder=True)
+    ours = we_paint(base, PROMPT, method, file)
+    assert not same(ours, we_paint(base, PROMPT))
     (tmp_path / "model").mkdir()
     whole = tmp_path / "model" / base.name
     assert exported(file, base, "model", whole).error == 0
     assert same(diffusers_paints(pipeline(whole), PROMPT), ours)
     assert same(we_paint(whole, PROMPT), ours)
-    with pytest.raises(CapabilityMissing, match="lora as a whole model"):
-        exported(saved(base, tmp_path / "lora", "lora"), base, "model", tmp_path / "none")
+
+
+@pytest.mark.parametrize("form", ["lora", "kohya"])
+def test_svdiff_as_a_lora_of_full_rank_paints_the_same_in_plain_diffusers(
+    base: Path, tmp_path: Path, form: str
+) -> None:
+    file = saved(base, tmp_path / "own", "svdiff", train_text_encoder=True)
+    ours = we_paint(base, PROMPT, "svdiff", file)
+    made = exported(file, base, form, tmp_path / "full", 1024)
+    assert made.error < 1e-5
+    (lora,) = made.files
+    pipe = pipeline(base)
+    pipe.load_lora_weights(lora.parent, weight_name=lora.name)
+    assert same(diffusers_paints(pipe, PROMPT), ours)
+    assert same(we_paint(base, PROMPT, *imported([lora], base, tmp_path / "back")), ours)
+    assert 0 < exported(file, base, form, tmp_path / "thin", 1).error < 1
+
+
+@pytest.mark.parametrize("method", ["svdiff", "diff_fit"])
+def test_a_word_learned_beside_whole_weights_is_a_file_of_the_model(
+    sd1: Path, tmp_path: Path, method: str
+) -> None:
+    file = saved(sd1, tmp_path / "own", method, token_vectors=2)
+    ours = we_paint(sd1, PROMPT, method, file)
+    *_, word = exported(file, sd1, "model", tmp_path / "sd1").files
+    pipe = pipeline(word.parent)
+    pipe.load_textual_inversion(word)
+    assert same(diffusers_paints(pipe, "a <sks> dog"), ours)
 
 
 def test_dreambooth_as_a_lora_of_a_rank_has_the_error_it_says(base: Path, tmp_path: Path) -> None:
@@ -291,18 +319,22 @@ def test_what_a_format_cannot_hold_is_said(base: Path, tmp_path: Path) -> None:
         exported(dora, base, "kohya", tmp_path / "out")
     with pytest.raises(CapabilityMissing, match="lora"):
         exported(saved(base, tmp_path / "full", "dreambooth"), base, "diffusers", tmp_path / "out")
+    with pytest.raises(CapabilityMissing, match="lora as a whole model"):
+        exported(saved(base, tmp_path / "lora", "lora"), base, "model", tmp_path / "out")
+
+
+@pytest.mark.parametrize("form", ["diffusers", "lora", "kohya"])
+def test_what_is_no_change_of_matrices_is_no_lora(sd1: Path, tmp_path: Path, form: str) -> None:
+    with pytest.raises(CapabilityMissing, match="no biases, norms or scales: export it as model"):
+        exported(saved(sd1, tmp_path / "own", "diff_fit"), sd1, form, tmp_path / "out")
 
 
 @pytest.mark.parametrize("form", ["diffusers", "lora", "kohya", "model"])
-@pytest.mark.parametrize(
-    ("method", "why"),
-    [("svdiff", "spectra"), ("diff_fit", "scales"), ("perfusion", "depends on the prompt")],
-)
-def test_methods_that_no_other_program_has_say_why_they_stay(
-    sd1: Path, tmp_path: Path, method: str, why: str, form: str
+def test_a_method_that_no_other_program_has_says_why_it_stays(
+    sd1: Path, tmp_path: Path, form: str
 ) -> None:
-    with pytest.raises(CapabilityMissing, match=why):
-        exported(saved(sd1, tmp_path / "own", method), sd1, form, tmp_path / "out")
+    with pytest.raises(CapabilityMissing, match="depends on the prompt"):
+        exported(saved(sd1, tmp_path / "own", "perfusion"), sd1, form, tmp_path / "out")
 
 
 def test_of_several_words_the_weights_come_in_with_one_each(sd1: Path, tmp_path: Path) -> None:

@@ -9,8 +9,9 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
+from lookalike_registry.spectra import decompose
 from lookalike_trainers.base_parts import BaseParts
-from lookalike_trainers.methods.svdiff import Spectrum, decompose
+from lookalike_trainers.methods.svdiff import Spectrum
 from support_methods import (
     CPU,
     batch,

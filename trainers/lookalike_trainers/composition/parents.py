@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from lookalike_platform.errors import CapabilityMissing, InvalidRequest
+from lookalike_registry import block_scales, spectra
 from lookalike_registry.check import check_registered
 from lookalike_registry.compose.low_rank import LowRank
 from lookalike_registry.compose.rules import COMPOSITION
@@ -16,7 +17,7 @@ from lookalike_registry.safetensors_header import read_header
 from lookalike_registry.tensor_file import METHOD_KEY, adapter_info
 from lookalike_trainers.base_parts import BaseParts
 from lookalike_trainers.composition.request import ParentFile
-from lookalike_trainers.methods import composition, deltas, diff_fit, svdiff, textual_inversion
+from lookalike_trainers.methods import composition, deltas, textual_inversion
 from lookalike_trainers.methods.composition import Change, Subject, under
 from lookalike_trainers.methods.perfusion import PREFIX as GATE
 from lookalike_trainers.methods.tokens import PREFIX as TOKENS
@@ -48,10 +49,10 @@ def read(parent: ParentFile, base: BaseParts) -> Change:
             changed = under(deltas.PREFIX, tensors)
         case "diff_fit":
             changed = under(
-                deltas.PREFIX, tensors | diff_fit.fold(tensors, deltas.base_values(base))
+                deltas.PREFIX, tensors | block_scales.fold(tensors, deltas.base_values(base))
             )
         case "svdiff":
-            own = svdiff.changed(tensors, scale, deltas.base_values(base), base.cache)
+            own = spectra.changed(tensors, scale, deltas.base_values(base), base.cache)
             return Change(deltas=under(deltas.PREFIX, own), subjects=[Subject(rows)])
         case "textual_inversion":
             start = adapter_info(header, file.name).config["initializer"]

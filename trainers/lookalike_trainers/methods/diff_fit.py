@@ -9,7 +9,6 @@ last layer, W and b, and so folds into it: gamma * (W x + b) = (gamma W) x + gam
 thousandth of the weights; the file holds gamma and not gamma W, about a megabyte for SD 1.5.
 """
 
-from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -17,13 +16,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from lookalike_platform.errors import FieldProblem, InvalidRequest
+from lookalike_registry.block_scales import PREFIX, fold
 from lookalike_registry.tensor_file import ADAPTER_NAME, save_tensors
 from lookalike_trainers.config import TrainingConfig
 from lookalike_trainers.data import Batch
 from lookalike_trainers.denoiser import Denoiser, checkpoint_gradients, trainable
 from lookalike_trainers.method_configs import LAST_LAYERS, DiffFitConfig, ends_in
-from lookalike_trainers.methods.deltas import PREFIX as DELTA
 from lookalike_trainers.methods.deltas import (
     base_values,
     differences,
@@ -38,7 +36,6 @@ from lookalike_trainers.methods.tokens import TokenRows, learn_rows, saved_rows,
 from lookalike_trainers.objective import weighted_mse
 
 NAME = "diff_fit"
-PREFIX = f"{NAME}."
 
 
 class DiffFit:
@@ -120,30 +117,6 @@ def wear(wearer: Wearer, file: Path, scale: float, word: str) -> TakeOff:
         undo.callback(wear_words(wearer, tensors, word))
         undo.callback(wear_deltas(wearer, tensors | folded, scale))
         return undo.pop_all().close
-
-
-def fold(
-    tensors: Mapping[str, torch.Tensor], weights: Mapping[str, torch.Tensor]
-) -> dict[str, torch.Tensor]:
-    """The gammas among an adapter's tensors as deltas of the weights before them, float32.
-
-    Args:
-        weights: the base's own, by `<part>.<parameter>`.
-    """
-    folded = {}
-    for key, gamma in tensors.items():
-        if not key.startswith(PREFIX):
-            continue
-        name = f"{key.removeprefix(PREFIX)}.weight"
-        weight = weights.get(name)
-        if weight is None or gamma.shape != weight.shape[:1]:
-            raise InvalidRequest(
-                "The adapter was trained on another base model.",
-                [FieldProblem(key, "scales no layer of this base")],
-            )
-        rows = gamma.to(weight.device).view(-1, *(1,) * (weight.dim() - 1))
-        folded[f"{DELTA}{name}"] = (rows.float() - 1) * weight.float()
-    return folded
 
 
 def freeze_matrices(model: nn.Module) -> dict[str, Any]:

@@ -11,19 +11,17 @@ sample's forward and backward take. U, V^T and W' are kept beside W: some 8 GB m
 float32, 4 in bf16; with gradient checkpointing W' goes again at once.
 """
 
-from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
-from lookalike_datasets.features import cache
-from lookalike_platform.files import sha256_bytes
+from lookalike_registry.base_weights import stored_weights
 from lookalike_registry.safetensors_header import read_header
+from lookalike_registry.spectra import PREFIX, changed, decompose, recompose, shifted
 from lookalike_registry.tensor_file import ADAPTER_NAME, save_tensors
 from lookalike_trainers.config import TrainingConfig
 from lookalike_trainers.data import Batch
@@ -35,11 +33,8 @@ from lookalike_trainers.methods.groups import parameter_groups
 from lookalike_trainers.methods.method import Card, TakeOff, Wearer
 from lookalike_trainers.methods.tokens import TokenRows, learn_rows, saved_rows, wear_words
 from lookalike_trainers.objective import weighted_mse
-from lookalike_trainers.streamed import stored_weights
 
 NAME = "svdiff"
-PREFIX = "spectrum."
-Factors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 class Svdiff:
@@ -95,7 +90,7 @@ def wear(wearer: Wearer, file: Path, scale: float, word: str) -> TakeOff:
     from safetensors.torch import load_file
 
     tensors = load_file(file)
-    names = _shifted(tensors)
+    names = shifted(tensors)
     if wearer.unet.dtype == torch.float32:
         weights = deltas.base_values(wearer)
     else:  # the factors of weights rounded to half precision are others
@@ -113,34 +108,8 @@ def prepare(base_folder: Path, kept: Path | None, file: Path) -> None:
 
     Safe beside a base that is at work: its files are read, and no model is built.
     """
-    for _, weight in stored_weights(base_folder, _shifted(read_header(file).tensors)):
+    for _, weight in stored_weights(base_folder, shifted(read_header(file).tensors)):
         decompose(weight, kept)
-
-
-def _shifted(keys: Iterable[str]) -> set[str]:
-    """The weights whose spectra an adapter file shifts."""
-    return {key.removeprefix(PREFIX) for key in keys if key.startswith(PREFIX)}
-
-
-def changed(
-    tensors: Mapping[str, torch.Tensor],
-    scale: float,
-    weights: Mapping[str, torch.Tensor],
-    cache: Path | None,
-) -> dict[str, torch.Tensor]:
-    """W' - W of `scale` times each spectrum's shift, as `wear_deltas` takes them.
-
-    Args:
-        weights: the base's own, float32, by `<part>.<parameter>`.
-    """
-    changes = {}
-    for key, delta in tensors.items():
-        if key.startswith(PREFIX):
-            name = key.removeprefix(PREFIX)
-            u, s, vt = decompose(weights[name], cache)
-            change = recompose(u, s, vt, delta.to(s.device) * scale)
-            changes[f"{deltas.PREFIX}{name}"] = change.view_as(weights[name])
-    return changes
 
 
 def shift_spectra(
@@ -185,44 +154,3 @@ class Spectrum(nn.Module):
 
     def forward(self, weight: torch.Tensor) -> torch.Tensor:
         return weight + recompose(self.u, self.s, self.vt, self.delta).view_as(weight)
-
-
-def recompose(
-    u: torch.Tensor, s: torch.Tensor, vt: torch.Tensor, delta: torch.Tensor
-) -> torch.Tensor:
-    """W' - W = U diag(relu(S + delta) - S) V^T, [out, in], in the factors' precision."""
-    scaled = u * (F.relu(s + delta) - s)  # S and delta are float32 where U and V^T are bf16
-    return scaled.to(vt.dtype) @ vt
-
-
-def decompose(weight: torch.Tensor, kept: Path | None) -> Factors:
-    """U [out, r], S [r] and V^T [r, in] of a weight [out, in, …], float32.
-
-    In float64, so that a file means the same on every machine: neighbouring singular vectors mix
-    by the rounding error over the gap between their values. On SD 1.5 it takes minutes on two
-    cores, and once, and then 5 GB in the cache.
-
-    Args:
-        kept: the folder of caches, where the weight's factors lie under its content.
-    """
-    matrix = weight.detach().flatten(1)
-    if kept is None:
-        return _svd(matrix)
-    content = matrix.float().cpu().contiguous().numpy().tobytes()
-    key = cache.key_of(svd=sha256_bytes(content), shape=list(matrix.shape), version=1)
-    found = cache.read(kept / "svd", key)
-    if found is None:
-        found = dict(zip(("u", "s", "vt"), _svd(matrix), strict=True))
-        cache.write(kept / "svd", key, found)
-    u, s, vt = (found[name].to(weight.device) for name in ("u", "s", "vt"))
-    return u, s, vt
-
-
-def _svd(matrix: torch.Tensor) -> Factors:
-    """By QR of the longer side first: LAPACK's SVD of the small R is many times faster."""
-    wide = matrix.shape[0] < matrix.shape[1]
-    q, r = torch.linalg.qr((matrix.T if wide else matrix).double())
-    inner, s, right = torch.linalg.svd(r)
-    left = q @ inner
-    u, vt = (right.T, left.T) if wide else (left, right)
-    return u.float().contiguous(), s.float(), vt.float().contiguous()
