@@ -242,7 +242,7 @@ class Client:
         wanted = {"format": form} | ({"rank": rank} if rank else {})
         target = Path(folder)
         with tempfile.TemporaryFile() as file:
-            headers = self._api.fetch(at, file, params=wanted, timeout=300.0)
+            headers = self._api.fetch(at, file, params=wanted, timeout=1800.0)
             with zipfile.ZipFile(file) as archive:
                 saved = [Path(archive.extract(name, target)) for name in archive.namelist()]
         return saved, float(headers["Lookalike-Left-Out"])

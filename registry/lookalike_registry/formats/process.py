@@ -17,7 +17,7 @@ from lookalike_platform.errors import CapabilityMissing, FieldProblem, InvalidRe
 
 PROBLEM = 3
 """Exit code of a process that says a problem."""
-_SECONDS = 300.0
+_SECONDS = 1800.0  # a full denoiser's matrices by SVD: minutes on SD 1.5
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def export_apart(
 ) -> Exported:
     """Write the files of a format into the folder; see `export.export`.
 
-    Raises what it raises, and CapabilityMissing if the process ended without a word.
+    Raises what it raises, and CapabilityMissing if the process ended without a word or took long.
     """
     said = _run(
         do="export",
@@ -82,13 +82,19 @@ def import_apart(files: Sequence[Path], base: Path, about: About, folder: Path) 
 
 
 def _run(**order: Any) -> Mapping[str, Any]:
-    done = subprocess.run(
-        [sys.executable, "-m", "lookalike_registry.formats", json.dumps(order)],
-        capture_output=True,
-        text=True,
-        timeout=_SECONDS,
-        check=False,
-    )
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "lookalike_registry.formats", json.dumps(order)],
+            capture_output=True,
+            text=True,
+            timeout=_SECONDS,
+            check=False,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise CapabilityMissing(
+            f"The {order['do']} was not done in {_SECONDS / 60:.0f} minutes on the API's machine. "
+            "Of a large base export the whole model: it needs no SVD."
+        ) from error
     if done.returncode not in (0, PROBLEM):
         last = done.stderr.strip().rpartition("\n")[2]
         raise CapabilityMissing(f"The {order['do']} ended with code {done.returncode}: {last}")

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from lookalike_platform.errors import CapabilityMissing, InvalidRequest
 from lookalike_registry.adapter_file import LoraCard, check_against_base
+from lookalike_registry.formats import process
 from lookalike_registry.formats.kohya import spellings, to_kohya
 from lookalike_registry.formats.load import load, save
 from lookalike_registry.products import Product, read_lora
@@ -250,6 +251,12 @@ def test_pivotal_tuning_is_a_lora_and_a_word(base: Path, tmp_path: Path) -> None
         assert len(files) == 2
         back = imported(files, base, tmp_path / f"{form} back")
         assert same(we_paint(base, PROMPT, *back), ours)
+        if base.name != "sdxl":  # whose word's two halves are loaded one by one: see above
+            lora, word = files
+            pipe = pipeline(base)
+            pipe.load_lora_weights(lora.parent, weight_name=lora.name)
+            pipe.load_textual_inversion(word, token="<sks>" if form == "kohya" else None)
+            assert same(diffusers_paints(pipe, "a <sks> dog"), ours)
 
 
 def test_a_file_of_peft_names_or_without_alpha_is_read(base: Path, tmp_path: Path) -> None:
@@ -381,3 +388,12 @@ def test_each_word_of_several_subjects_is_a_file_of_its_own(base: Path, tmp_path
         for path, expected in ((first, own), (second, 2 * own)):
             (found,) = (t for k, t in load_file(path).items() if k in (key, f"<{path.stem[1:-1]}>"))
             assert torch.equal(found, expected)
+
+
+def test_an_export_that_takes_too_long_is_told_with_what_to_do(
+    sd1: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = saved(sd1, tmp_path / "own", "lora", rank=2)
+    monkeypatch.setattr(process, "_SECONDS", 0.01)
+    with pytest.raises(CapabilityMissing, match="export the whole model"):
+        process.export_apart(file, sd1, "lora", "sd1", tmp_path, None, tmp_path / "cache")
