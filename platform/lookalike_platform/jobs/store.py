@@ -1,6 +1,7 @@
 """Jobs as their owner sees them: submit, look up, list, ask to cancel."""
 
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -9,7 +10,7 @@ from sqlalchemy.orm import Session
 
 from lookalike_platform.db.pages import page_of
 from lookalike_platform.db.tables import Job, Outbox
-from lookalike_platform.errors import InvalidRequest, NotFound
+from lookalike_platform.errors import FieldProblem, InvalidRequest, NotFound
 from lookalike_platform.ids import new_id
 from lookalike_platform.jobs import events, states
 
@@ -32,7 +33,13 @@ def submit(session: Session, new: NewJob) -> Job:
     """Queue a job: its row, the message owed for it and its first event, in one transaction.
 
     The relay sends the message after the commit, so an accepted job is never lost.
+
+    Raises InvalidRequest for a text with U+0000 in it. PostgreSQL keeps that in JSON, but answers
+    no question about such JSON: one job's would stop every query that looks into requests.
     """
+    for path in _with_nul(new.request):
+        problem = FieldProblem(path, "has the character U+0000: leave it out")
+        raise InvalidRequest("The request has a text that cannot be kept.", [problem])
     now = time.time()
     job = Job(
         id=new_id("job"),
@@ -56,6 +63,18 @@ def submit(session: Session, new: NewJob) -> Job:
     session.add(Outbox(job_id=job.id, queue=states.QUEUES[new.kind], created_at=now))
     events.append(session, job.id, "state", {"state": states.QUEUED})
     return job
+
+
+def _with_nul(value: Any, path: str = "") -> Iterator[str]:
+    """Where in a request there are texts with U+0000."""
+    if isinstance(value, str) and "\0" in value:
+        yield path
+    elif isinstance(value, dict):
+        for key, each in value.items():
+            yield from _with_nul(each, f"{path}.{key}" if path else key)
+    elif isinstance(value, list):
+        for place, each in enumerate(value):
+            yield from _with_nul(each, f"{path}[{place}]")
 
 
 def get(session: Session, owner: str, id: str) -> Job:

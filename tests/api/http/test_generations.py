@@ -205,9 +205,13 @@ def test_another_owners_adapter_is_not_there(api: Api) -> None:
 
 
 def test_any_text_can_be_a_prompt(api: Api) -> None:
-    prompt = "a <, a 犬 \u0000 and\n'; drop table jobs; --"
+    prompt = "a <, a 犬 \u0001 and\n'; drop table jobs; --"
     made = ask(api, prompt=prompt).json()
     assert api.http.get(f"/v1/generations/{made['id']}").json()["prompt"] == prompt
+
+
+def test_a_prompt_that_no_database_can_be_asked_about_is_refused(api: Api) -> None:
+    assert "prompt" in paths_of(ask(api, prompt="a \u0000 dog"))
 
 
 def test_waiting_ends_with_the_pictures(api: Api) -> None:

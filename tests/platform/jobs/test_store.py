@@ -36,6 +36,16 @@ def test_a_job_whose_transaction_fails_was_never_there(database: Database) -> No
         assert store.list_jobs(session, "local") == ([], None)
 
 
+def test_a_text_that_no_query_gets_past_is_refused_with_its_place(database: Database) -> None:
+    asked = {"prompt": "a dog", "regions": [{"prompt": "a cat"}, {"prompt": "a \0"}]}
+    new = store.NewJob(
+        owner="local", kind="generate", base_model="b", base_fingerprint="f", request=asked
+    )
+    with pytest.raises(InvalidRequest) as refused, database.session() as session:
+        store.submit(session, new)
+    assert [field.path for field in refused.value.fields] == ["regions[1].prompt"]
+
+
 def test_another_owners_job_is_not_found(database: Database) -> None:
     job_id = submit(database, owner="somebody")
     with database.session() as session:
