@@ -105,6 +105,13 @@ def _random_lora(model: Any, shape: LoraShape, seed: int) -> dict[str, Any]:
     }
 
 
+def pixels(vae: Any, latents: Any) -> numpy.ndarray[Any, Any]:
+    """A picture as pixels in [0, 1], [n, 3, height, width]."""
+    decoded = vae.decode(latents / vae.config.scaling_factor, return_dict=False)[0]
+    whole: numpy.ndarray[Any, Any] = (decoded / 2 + 0.5).clamp(0, 1).numpy()
+    return whole
+
+
 class Orders:
     """An engine, and what it said of the orders it was given; numbers count from 0."""
 

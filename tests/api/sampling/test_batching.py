@@ -23,7 +23,7 @@ from lookalike_trainers.catalog import METHODS
 from lookalike_trainers.methods.find import wear_of
 from support_methods import CARD, CPU, SIDE, trained
 from support_models import RESOLUTION
-from support_sampling import LIBRARY_WARNINGS, Orders, engine_of, save_adapter
+from support_sampling import LIBRARY_WARNINGS, Orders, engine_of, pixels, save_adapter
 
 pytestmark = LIBRARY_WARNINGS
 
@@ -133,21 +133,6 @@ def in_diffusers(base_folder: Path, wanted: dict[str, Any], folder: Path) -> Any
         generator=torch.Generator().manual_seed(wanted["seed"]),
         output_type="pt",
     ).images.numpy()
-
-
-def pixels(vae: Any, latents: torch.Tensor) -> numpy.ndarray[Any, Any]:
-    decoded = vae.decode(latents / vae.config.scaling_factor, return_dict=False)[0]
-    whole: numpy.ndarray[Any, Any] = (decoded / 2 + 0.5).clamp(0, 1).numpy()
-    return whole
-
-
-@pytest.fixture
-def exact(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pictures come as pixels in [0, 1] before they are rounded to 8 bits."""
-    from lookalike_api.sampling import engine
-
-    monkeypatch.setattr(engine, "decode", lambda vae, latents: list(pixels(vae, latents)))
-    monkeypatch.setattr(engine, "save", lambda pictures, order: pictures)
 
 
 def ends(engine: Orders, orders: list[dict[str, Any]]) -> list[Any]:
