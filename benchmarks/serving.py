@@ -40,7 +40,8 @@ from lookalike_platform import bases
 from lookalike_platform.conditioning import Text, predict
 from lookalike_platform.samplers import make_sampler
 from lookalike_platform.settings import Settings
-from lookalike_trainers.methods.row_edits import Outfit, Slot
+from lookalike_trainers.methods.row_adapter import Outfit
+from lookalike_trainers.methods.row_edits import Slot
 
 MANY = 16
 ROWS = 8

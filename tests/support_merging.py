@@ -15,10 +15,29 @@ from lookalike_trainers.composition.request import CompositionRequest, MergeOpti
 from lookalike_trainers.methods.composition import Change, save
 from support_methods import CARD, CPU
 from support_models import RESOLUTION
-from support_pairs import Adapter
+from support_pairs import Adapter, trained_adapter
 
 Maker = Callable[[str, int], Adapter]
 """The first (0) or the second adapter of a kind, made once."""
+COMPOSITIONS = {
+    "ungated": ("custom_diffusion", "lora"),
+    "gated": ("custom_diffusion", "lora", "perfusion"),
+    "gated_whole": ("dreambooth", "perfusion"),
+}
+"""Kinds of merged versions by what is in them."""
+
+
+def trained_or_merged(base: Path, folder: Path, kind: str, number: int) -> Adapter:
+    """As `trained_adapter`, with COMPOSITIONS."""
+    if kind not in COMPOSITIONS:
+        return trained_adapter(base, folder, kind, number)
+    own = folder / f"{kind}-{number}"
+    own.mkdir()
+    parents = [trained_adapter(base, own, one, number) for one in COMPOSITIONS[kind]]
+    whole = [(*parent[:3], f"w{place}") for place, parent in enumerate(parents)]
+    method, file, _, _ = saved(asked(base, "weighted_sum", whole), own)
+    _, _, scale, word = parents[0]
+    return method, file, scale, word
 
 
 def parent_file(method: str, file: Path, scale: float, subject: SubjectRecord) -> ParentFile:

@@ -106,5 +106,5 @@ METHODS = [
 
 COMPOSITION_WEAR = "lookalike_trainers.methods.composition:wear"
 COMPOSITION_ROWS = "lookalike_trainers.methods.composition:rows"
-COMPOSITION_ACTS_ON_ROWS = "lookalike_trainers.methods.composition:acts_on_rows"
+COMPOSITION_ACTS_ON_ROWS = "lookalike_trainers.methods.custom_diffusion:acts_on_rows"
 """Merged versions (registry/compose/rules.py) are worn like any, and trained by nothing."""

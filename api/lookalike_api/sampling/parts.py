@@ -16,8 +16,8 @@ from lookalike_api.sampling.regions import Cells, box_cells, mask_cells, numbere
 from lookalike_platform.conditioning import Text
 from lookalike_platform.errors import InvalidRequest
 from lookalike_trainers.methods.layout import Layout, check_placed
-from lookalike_trainers.methods.row_adapter import RowAdapter
-from lookalike_trainers.methods.row_edits import Answers, Outfit
+from lookalike_trainers.methods.row_adapter import Outfit, RowAdapter
+from lookalike_trainers.methods.row_edits import Answers
 
 ATTENTION = "attention"
 

@@ -162,15 +162,18 @@ def kind_of(manifest: Manifest) -> str:
 def _how(pair: set[str]) -> str:
     if "textual_inversion" in pair:
         return "a word beside: it touches nothing the other changes"
+    if COMPOSITION in pair:
+        return (
+            "changed weights W' = W + s1 dW1 + s2 dW2, products and gated edits of both add up in "
+            "a layer's answer: h = W' e + sum of s B A e + sum of s (gate o - similarity W' i)"
+        )
     if pair == {"perfusion"}:
         return "the gated terms add up: h = W e + sum of s (gate o - similarity W i)"
     if "perfusion" in pair and pair & WEIGHTS:
         return "the gated edit is of what the changed weights say"
-    if "perfusion" in pair and COMPOSITION not in pair:
+    if "perfusion" in pair:
         return (
             "products and the gated edit add up in a layer's answer: "
             "h = W e + s1 B A e + s2 (gate o - similarity W i)"
         )
-    if COMPOSITION in pair:
-        return "the merged changes and the other's add up"
     return "the changes add up: W' = W + s1 dW1 + s2 dW2"

@@ -80,5 +80,6 @@ def test_the_document_shows_this_table() -> None:
         assert row in text
     for one in rules.STRATEGIES:
         assert f"| `{one.name}` | {one.summary} |" in text
-    for reason in {r for p in rules.table() for r in (p.refused, p.unmerged) if r}:
-        assert reason in text.replace("\n  ", " ")
+    said = {r for p in rules.table() for r in (p.together, p.refused, p.unmerged) if r}
+    for one in said:
+        assert f"\n- {one}.\n" in text

@@ -58,13 +58,16 @@ BY_ROW = [
     ("closed_form", "custom_diffusion", "custom_diffusion"),
     ("weighted_sum", "pivotal", "custom_diffusion"),
     ("weighted_sum", "ed_lora", "textual_inversion"),
+    ("weighted_sum", "perfusion", "lora"),
+    ("weighted_sum", "perfusion", "custom_diffusion"),
+    ("weighted_sum", "perfusion", "perfusion"),
     ("ssr", "lora", "ed_lora"),
 ]
-WHOLE = [("weighted_sum", "perfusion", "lora"), ("weighted_sum", "dreambooth", "lora")]
+WHOLE = [("weighted_sum", "perfusion", "dreambooth"), ("weighted_sum", "dreambooth", "lora")]
 
 
 @pytest.mark.parametrize(("strategy", "one", "other"), BY_ROW, ids=map("-".join, BY_ROW))
-def test_a_merge_of_words_products_and_k_and_v_shares_a_batch_with_others(
+def test_a_merge_of_words_products_gates_and_k_and_v_shares_a_batch_with_others(
     base: Path, adapter: Maker, tmp_path: Path, strategy: str, one: str, other: str
 ) -> None:
     method, file, _, word = saved(

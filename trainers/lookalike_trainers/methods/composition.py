@@ -27,14 +27,15 @@ from lookalike_registry.compose.low_rank import LowRank
 from lookalike_registry.compose.rules import COMPOSITION
 from lookalike_registry.formats.diffusers_lora import save_diffusers
 from lookalike_registry.products import Product, loaded_products, saved_products
-from lookalike_registry.safetensors_header import Header, read_header
+from lookalike_registry.safetensors_header import read_header
 from lookalike_registry.tensor_file import ADAPTER_NAME, adapter_info, nth_word, save_tensors
-from lookalike_trainers.methods import custom_diffusion, deltas, perfusion
+from lookalike_trainers.methods import deltas, perfusion
 from lookalike_trainers.methods.custom_diffusion import projections
 from lookalike_trainers.methods.ed_lora import read_by_layer
+from lookalike_trainers.methods.gate import Gate, wear_gates
 from lookalike_trainers.methods.method import Card, TakeOff, Wearer
 from lookalike_trainers.methods.products import wear_products
-from lookalike_trainers.methods.row_adapter import Dense, RowAdapter, of_text, of_unet
+from lookalike_trainers.methods.row_adapter import RowAdapter, of_text, of_unet
 from lookalike_trainers.methods.text_by_layer import cross_attention, take_own_text
 from lookalike_trainers.methods.tokens import PREFIX as TOKENS
 from lookalike_trainers.methods.tokens import wear_words
@@ -120,11 +121,8 @@ def wear(wearer: Wearer, file: Path, scale: float, word: str) -> TakeOff:
     products = {name: _product(pair) for name, pair in change.products.items()}
     with ExitStack() as undo:
         undo.callback(_wear_words(wearer, change.subjects, word))
-        for subject in change.subjects:
-            if subject.gate:
-                gate = {key: tensor.to(wearer.unet.device) for key, tensor in subject.gate.items()}
-                gates = perfusion.gates_of(wearer, gate)
-                undo.callback(perfusion.wear_gates(wearer, gates, scale * subject.gate_scale))
+        gates = [gate.to(wearer.unet.device) for gate in _gates(wearer, change.subjects)]
+        undo.callback(wear_gates(projections(wearer.unet), gates, scale))
         if any(subject.layers > 1 for subject in change.subjects):
             undo.callback(take_own_text(wearer.unet))
         undo.callback(deltas.wear_deltas(wearer, named, scale))
@@ -132,16 +130,8 @@ def wear(wearer: Wearer, file: Path, scale: float, word: str) -> TakeOff:
         return undo.pop_all().close
 
 
-def acts_on_rows(header: Header) -> bool:
-    """Not a file that changes other weights than K's and V's as a whole, and not one with gates:
-    they take away what the changed rows say, and rows of a batch have none of their own.
-    """
-    gates = any(name.startswith(f"{COMPOSITION}.") for name in header.tensors)
-    return not gates and custom_diffusion.acts_on_rows(header)
-
-
 def rows(wearer: Wearer, file: Path) -> RowAdapter:
-    """Of a file that `acts_on_rows`."""
+    """Of a file that changes no other weights than K's and V's (custom_diffusion.acts_on_rows)."""
     change = load(file)
     kv = {f"unet.{name}.weight": name for name in projections(wearer.unet)}
     _check_layers(wearer, file, change)
@@ -150,8 +140,13 @@ def rows(wearer: Wearer, file: Path) -> RowAdapter:
         saved_products(of_text(products)) | _rows(change.subjects),
         partial(_wear_text, about=_about(file)),
         products=of_unet(products),
-        answers={kv[name]: Dense(delta) for name, delta in change.deltas.items()},
+        deltas={kv[name]: delta for name, delta in change.deltas.items()},
+        gates=_gates(wearer, change.subjects),
     )
+
+
+def _gates(wearer: Wearer, subjects: Sequence[Subject]) -> list[Gate]:
+    return [perfusion.gate_of(wearer, one.gate, one.gate_scale) for one in subjects if one.gate]
 
 
 def _wear_text(

@@ -30,7 +30,7 @@ from lookalike_trainers.methods.deltas import PREFIX as DELTA
 from lookalike_trainers.methods.deltas import differences, wear_deltas
 from lookalike_trainers.methods.groups import parameter_groups
 from lookalike_trainers.methods.method import Card, TakeOff, Wearer
-from lookalike_trainers.methods.row_adapter import Dense, RowAdapter
+from lookalike_trainers.methods.row_adapter import RowAdapter
 from lookalike_trainers.methods.tokens import (
     learn_rows,
     learned_rows,
@@ -129,7 +129,7 @@ def rows(wearer: Wearer, file: Path) -> RowAdapter:
     return RowAdapter(
         learned_rows(tensors),
         partial(_wear_text, subjects=_subjects(file)),
-        answers={name: Dense(delta) for name, delta in deltas.items()},
+        deltas=deltas,
     )
 
 

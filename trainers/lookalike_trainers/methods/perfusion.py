@@ -1,14 +1,9 @@
 """Perfusion (Tewel et al. 2023): one gated, rank-one edit of what a word means to the picture.
 
-For each W of the cross-attention's K and V, and each text encoding e: [d],
-
-    h = W e - (s / E) W i + sigmoid((s / E - beta) / tau) o        (eq. 4 and 5)
-
-    s = e^T C^-1 i,    E = i^T C^-1 i
-
-What lies along the concept's encoding i, in the metric of C (covariance.py), is answered by o
-instead. For K, o is locked to the superclass's answer: attention goes where the class noun's would.
-For V, o is learned from there, and so is the word's row, which starts as the class noun's.
+Each of the cross-attention's K and V has the gate of gate.py, which answers o for what lies along
+the concept's encoding i. For K, o is locked to the superclass's answer: attention goes where the
+class noun's would. For V, o is learned from there, and so is the word's row, which starts as the
+class noun's.
 
 i is a moving average (EMA, .99) of the word's encoding in the training prompt, one move an
 optimiser step: a function of the rows and of what is in the checkpoint, hence equal on all
@@ -18,7 +13,6 @@ concepts add up their terms.
 
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,9 +30,10 @@ from lookalike_trainers.denoiser import Denoiser, checkpoint_gradients
 from lookalike_trainers.method_configs import PerfusionConfig
 from lookalike_trainers.methods.covariance import precision
 from lookalike_trainers.methods.custom_diffusion import projections
+from lookalike_trainers.methods.gate import TRAINING, WORN, Gate, edit, wear_gates
 from lookalike_trainers.methods.groups import parameter_groups
 from lookalike_trainers.methods.method import Card, TakeOff, Wearer
-from lookalike_trainers.methods.row_adapter import Answer, RowAdapter
+from lookalike_trainers.methods.row_adapter import RowAdapter
 from lookalike_trainers.methods.tokens import (
     learn_rows,
     learned_rows,
@@ -49,8 +44,6 @@ from lookalike_trainers.objective import weighted_mse
 
 NAME = "perfusion"
 PREFIX = f"{NAME}."
-TRAINING_GATE = (0.75, 0.1)  # beta, tau
-GATE = (0.70, 0.15)
 DECAY = 0.99
 
 
@@ -155,27 +148,6 @@ class Concept(nn.Module):
         return features[0, self.place].to(self.encoding.dtype)
 
 
-def edit(
-    e: torch.Tensor,
-    answer: torch.Tensor,
-    base_answer: torch.Tensor,
-    encoding: torch.Tensor,
-    direction: torch.Tensor,
-    gate: tuple[float, float],
-) -> torch.Tensor:
-    """h - W e: [n, tokens, out] of encodings e [n, tokens, d].
-
-    Args:
-        answer: o, [out]; base_answer: W i, [out].
-        encoding: i, [d]; direction: C^-1 i, [d].
-        gate: beta and tau.
-    """
-    beta, tau = gate
-    shares = (e.to(direction.dtype) * direction).sum(-1, keepdim=True)
-    similarity = shares / (encoding * direction).sum()
-    return torch.sigmoid((similarity - beta) / tau) * answer - similarity * base_answer
-
-
 def wear(wearer: Wearer, file: Path, scale: float, word: str) -> TakeOff:
     """Add `scale` times the edit to what K and V say; the word's row knows no scale.
 
@@ -184,31 +156,8 @@ def wear(wearer: Wearer, file: Path, scale: float, word: str) -> TakeOff:
     adapter = rows(wearer, file).to(wearer.unet.device, wearer.unet.dtype)
     with ExitStack() as undo:
         undo.callback(adapter.wear_text(wearer, adapter.text, scale, word))
-        undo.callback(wear_gates(wearer, adapter.answers, scale))
+        undo.callback(wear_gates(projections(wearer.unet), adapter.gates, scale))
         return undo.pop_all().close
-
-
-def wear_gates(wearer: Wearer, gates: Mapping[str, Answer], scale: float) -> TakeOff:
-    """The edit alone, by the names of layers; its tensors are where the UNet is."""
-    layers = projections(wearer.unet)
-    with ExitStack() as undo:
-        for name, gate in gates.items():
-            hook = partial(_answer_worn, scale=scale, answer=gate)
-            undo.callback(layers[name].register_forward_hook(hook).remove)
-        return undo.pop_all().close
-
-
-@dataclass(frozen=True)
-class Gated:
-    """One layer's edit, as an adapter has it; its fields are arguments of `edit`."""
-
-    answer: torch.Tensor
-    encoding: torch.Tensor
-    direction: torch.Tensor
-
-    def __call__(self, layer: Any, e: torch.Tensor) -> torch.Tensor:
-        base_answer = F.linear(self.encoding.to(layer.weight.dtype), layer.weight)
-        return edit(e, self.answer, base_answer, self.encoding, self.direction, GATE)
 
 
 def rows(wearer: Wearer, file: Path) -> RowAdapter:
@@ -216,18 +165,18 @@ def rows(wearer: Wearer, file: Path) -> RowAdapter:
     from safetensors.torch import load_file
 
     tensors = load_file(file)
-    return RowAdapter(learned_rows(tensors), wear_only_words, answers=gates_of(wearer, tensors))
+    return RowAdapter(learned_rows(tensors), wear_only_words, gates=[gate_of(wearer, tensors)])
 
 
-def gates_of(wearer: Wearer, tensors: Mapping[str, torch.Tensor]) -> dict[str, Gated]:
-    """The edits of a file's tensors by the names of layers.
+def gate_of(wearer: Wearer, tensors: Mapping[str, torch.Tensor], scale: float = 1.0) -> Gate:
+    """The edits of a file's tensors.
 
     Raises InvalidRequest if the answers do not belong to layers of this base.
     """
     layers = projections(wearer.unet)
     _check(tensors, layers)
-    encoding, direction = tensors[f"{PREFIX}encoding"], tensors[f"{PREFIX}direction"]
-    return {name: Gated(tensors[f"{PREFIX}unet.{name}"], encoding, direction) for name in layers}
+    answers = {name: tensors[f"{PREFIX}unet.{name}"] for name in layers}
+    return Gate(tensors[f"{PREFIX}encoding"], tensors[f"{PREFIX}direction"], answers, scale)
 
 
 def _follow(denoiser: Any, _: Any, __: Any) -> None:
@@ -240,15 +189,9 @@ def _answer_anew(layer: Any, args: Any, output: torch.Tensor, concept: Concept) 
     """W e as a layer in training says it, edited."""
     encoding = concept.encoding
     base_answer = F.linear(encoding.to(layer.weight.dtype), layer.weight)
-    gate = TRAINING_GATE if layer.training else GATE
+    gate = TRAINING if layer.training else WORN
     change = edit(args[0], layer.answer, base_answer, encoding, concept.direction(), gate)
     return output + change.to(output.dtype)
-
-
-def _answer_worn(
-    layer: Any, args: Any, output: torch.Tensor, scale: float, answer: Answer
-) -> torch.Tensor:
-    return output + (scale * answer(layer, args[0])).to(output.dtype)
 
 
 def _check(tensors: Mapping[str, torch.Tensor], layers: Mapping[str, Any]) -> None:

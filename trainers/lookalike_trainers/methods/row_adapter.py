@@ -1,47 +1,30 @@
 """A saved adapter in memory, as single rows of a batch wear it. Torch.
 
 Beside what it does to the text encoders, which are asked one prompt at a time, an adapter may
-change a row of the UNet's batch in two ways, both sums over the adapters the row wears:
+change a row of the UNet's batch in three ways, all sums over the adapters the row wears:
 
     y + scale B M(t) A x      by a product of thin matrices beside a layer; M(t): T-LoRA's ranks
-    y + scale h(e)            where a layer's input is the text e alone (K and V of the
-                              cross-attention): h(e) is the same at every step
+    y + scale D e             where a layer's input is the text e alone (K and V of the
+                              cross-attention), which makes it the same at every step
+    y + scale g(e)            there, too: gates (gate.py), which see the sum of all D
 
 What changes whole weights in any other way cannot be told apart by rows: its method has no `rows`
 in catalog.METHODS, and the base wears it as a whole.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch.nn import functional
 
 from lookalike_registry.products import Product
+from lookalike_trainers.methods.gate import Gate
 from lookalike_trainers.methods.method import TakeOff, Wearer
 
 WearText = Callable[[Wearer, Mapping[str, torch.Tensor], float, str], TakeOff]
 """Lets an adapter's `text` act on the text encoders alone: at a scale, for a word in prompts."""
-
-
-class Answer(Protocol):
-    """A change of what K or V say, a dataclass whose tensors are its fields."""
-
-    def __call__(self, layer: Any, e: torch.Tensor) -> torch.Tensor:
-        """h(e), [n, tokens, out], of text e [n, tokens, d]."""
-        ...
-
-
-@dataclass(frozen=True)
-class Dense:
-    """h(e) = D e, D [out, in] being the difference of two weights."""
-
-    delta: torch.Tensor
-
-    def __call__(self, layer: Any, e: torch.Tensor) -> torch.Tensor:
-        return functional.linear(e.to(self.delta.dtype), self.delta)
 
 
 @dataclass(frozen=True)
@@ -60,14 +43,16 @@ class RowAdapter:
     text: the tensors that act on text encoders, none for an adapter that leaves them alone.
     products: of the UNet's layers, by their names in the base.
     ranks: of all products, where they depend on the timestep.
-    answers: of K's and V's layers, by their names in the base.
+    deltas: of K's and V's weights, [out, in], by the names of their layers in the base.
+    gates: of K's and V's layers.
     """
 
     text: Mapping[str, torch.Tensor]
     wear_text: WearText
     products: Mapping[str, Product] = field(default_factory=dict)
     ranks: Ranks | None = None
-    answers: Mapping[str, Answer] = field(default_factory=dict)
+    deltas: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    gates: Sequence[Gate] = ()
 
     def to(self, device: torch.device, dtype: torch.dtype) -> "RowAdapter":
         """A copy, the products in the UNet's dtype; the rest keeps its own, and the text its place.
@@ -78,9 +63,14 @@ class RowAdapter:
         return replace(
             self,
             text={name: x.clone() for name, x in self.text.items()},
-            products={n: _moved(p, device=device, dtype=dtype) for n, p in self.products.items()},
-            answers={n: _moved(a, device=device) for n, a in self.answers.items()},
+            products={name: _moved(p, device, dtype) for name, p in self.products.items()},
+            deltas={name: delta.to(device, copy=True) for name, delta in self.deltas.items()},
+            gates=[gate.to(device) for gate in self.gates],
         )
+
+
+Outfit = tuple[tuple[RowAdapter, float], ...]
+"""What a row wears: adapters and their scales."""
 
 
 class Rows(Protocol):
@@ -103,6 +93,7 @@ def of_text(named: Mapping[str, Any]) -> dict[str, Any]:
     return {name: x for name, x in named.items() if name.startswith("text_encoder")}
 
 
-def _moved(piece: Any, **where: Any) -> Any:
-    tensors = {name: x for name, x in vars(piece).items() if isinstance(x, torch.Tensor)}
-    return replace(piece, **{name: x.to(**where, copy=True) for name, x in tensors.items()})
+def _moved(product: Product, device: torch.device, dtype: torch.dtype) -> Product:
+    tensors = {name: x for name, x in vars(product).items() if isinstance(x, torch.Tensor)}
+    moved = {name: x.to(device, dtype, copy=True) for name, x in tensors.items()}
+    return replace(product, **moved)

@@ -6,7 +6,7 @@ Rows that wear the same make a slot. A layer's products stand side by side, A [s
 B [slots, R, out], ranks padded to R with zeros and those of one slot concatenated; scales are in
 B. Two batched products of matrices then serve all slots (Punica, Chen et al. 2023, does so for
 language models). K and V of the cross-attention depend on the text alone: `answers` computes them
-once, with what adapters change of them (row_adapter.py), and no step asks for them again.
+once, with what adapters change of them (row_answers.py), and no step asks for them again.
 M is row_masks.py's; the places matter where a picture has regions (layout.py).
 
 A batch of a single slot is changed by each product as `products.py` does it, to the bit.
@@ -25,13 +25,12 @@ from torch.nn import functional
 from lookalike_platform.errors import FieldProblem, InvalidRequest
 from lookalike_trainers.methods.layout import Layout, hear_own_region
 from lookalike_trainers.methods.products import change_by, own_layers
-from lookalike_trainers.methods.row_adapter import RowAdapter
+from lookalike_trainers.methods.row_adapter import Outfit, RowAdapter
+from lookalike_trainers.methods.row_answers import answer
 from lookalike_trainers.methods.row_masks import Mask, Worn, mask_of, masked
 from lookalike_trainers.methods.text_by_layer import cross_attention, take_own_text
 
 Rows = slice | torch.Tensor
-Outfit = tuple[tuple[RowAdapter, float], ...]
-"""What a row wears: adapters and their scales."""
 Answers = Mapping[str, torch.Tensor]
 """What K's and V's layers say of a text, [rows, tokens, out] by their names."""
 Change = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -78,7 +77,8 @@ class RowEdits:
             FieldProblem(name, "is no layer of the base model, or none that reads the text")
             for names, layers in (
                 (adapter.products, self._layers),
-                (adapter.answers, self._heard),
+                (adapter.deltas, self._heard),
+                *((gate.answers, self._heard) for gate in adapter.gates),
             )
             for name in names
             if name not in layers
@@ -94,17 +94,11 @@ class RowEdits:
         Args:
             text: features [rows, tokens, d], or by layer [rows, L, tokens, d].
         """
-        total: dict[str, torch.Tensor] = {}
-        for name, place in self._heard.items():
-            layer = self._layers[name]
-            e = text[:, place] if text.dim() == 4 else text
-            # Without hooks: what others put beside the layer acts at each step.
-            said = functional.linear(e, layer.weight, layer.bias)
-            for adapter, scale in outfit:
-                for more in self._said(adapter, name, e):
-                    said = said + (scale * more).to(said.dtype)
-            total[name] = said
-        return total
+        own = text.unbind(1) if text.dim() == 4 else [text] * len(self._readers)
+        return {
+            name: answer(name, self._layers[name], outfit, own[place])
+            for name, place in self._heard.items()
+        }
 
     def put_on(self, slots: Sequence[Slot]) -> None:
         """From now on the batch's rows wear this, slot after slot, and nothing else.
@@ -135,14 +129,6 @@ class RowEdits:
             for handle in hear_own_region(self._readers, layouts):
                 self._on.callback(handle.remove)
         self._slots = list(slots)
-
-    def _said(self, adapter: RowAdapter, name: str, e: torch.Tensor) -> Iterator[torch.Tensor]:
-        """What an adapter adds to a layer's answer to the text, whatever the step."""
-        if name in adapter.answers:
-            yield adapter.answers[name](self._layers[name], e)
-        if name in adapter.products and adapter.ranks is None:
-            product = adapter.products[name]
-            yield change_by(self._layers[name], product.down, product.up, e)
 
     def _changes(self, name: str, layer: Any, slots: Sequence[Slot]) -> Iterator[Change]:
         worn = [self._worn(name, slot) for slot in slots]
