@@ -112,7 +112,8 @@ def word_rows(encoder: Any, tokenizer: Any, word: str, count: int) -> torch.Tens
 def _mean(rows: torch.Tensor) -> torch.Tensor:
     """Their mean's direction at the mean of their lengths: rows that point apart have a mean that
     is shorter than any word."""
-    return nn.functional.normalize(rows.mean(0), dim=0) * rows.norm(dim=-1).mean()
+    mean = rows.mean(0)
+    return mean if len(rows) == 1 else mean * rows.norm(dim=-1).mean() / mean.norm()
 
 
 def word_norm(encoder: Any) -> float:
