@@ -44,6 +44,13 @@ def batch(method: Any, parts: BaseParts, dtype: torch.dtype = torch.float32) -> 
     return Batch(noisy, torch.tensor([10, 700]), text, target, weight, whole(len(noisy)))
 
 
+def one_row(rows: torch.Tensor) -> torch.Tensor:
+    """Where one learned row starts for a word of several tokens: their rows' mean, as long as
+    they are on average."""
+    mean = rows.float().mean(0)
+    return mean * rows.float().square().sum(1).sqrt().mean() / mean.square().sum().sqrt()
+
+
 def whole(count: int) -> torch.Tensor:
     """What SDXL is told of pictures that nothing was cut from: [count, 6]."""
     return torch.tensor([[RESOLUTION, RESOLUTION, 0, 0, RESOLUTION, RESOLUTION]] * count)

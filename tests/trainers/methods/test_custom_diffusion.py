@@ -23,7 +23,7 @@ from lookalike_trainers.rare_tokens import rare_words
 from lookalike_trainers.run_request import MoreSubject
 from lookalike_trainers.subjects import subjects_of
 from support_images import photo
-from support_methods import whole
+from support_methods import one_row, whole
 from support_models import RESOLUTION, VAE_SCALE, WIDTH, save_base
 from support_ranks import run_request
 
@@ -91,7 +91,7 @@ def naive(base: Path, one: Batch) -> tuple[float, dict[str, torch.Tensor], torch
     encoder.requires_grad_(False)
     table = encoder.get_input_embeddings()
     letters = BaseParts(base, CPU).tokenizers[0]("ktn", add_special_tokens=False).input_ids
-    row = table.weight[letters].mean(0, keepdim=True)
+    row = one_row(table.weight[letters])[None].double()
     table.weight = torch.nn.Parameter(torch.cat([table.weight, row]))
 
     assert isinstance(one.text, torch.Tensor)
@@ -141,7 +141,7 @@ def test_keys_values_and_the_word_move_and_nothing_else(base: Path) -> None:
     rows = text.pop(next(name for name in text if name.endswith(".rows")))
     start = BaseParts(base, CPU).tokenizers[0]("ktn", add_special_tokens=False).input_ids
     table = text["embeddings.token_embedding.weight"]
-    assert not torch.isclose(rows, table[start].mean(0), rtol=0, atol=1e-4).any()
+    assert not torch.isclose(rows, one_row(table[start]), rtol=0, atol=1e-4).any()
     moved = {n for n, p in (after | text).items() if not torch.equal(p, before[n])}
     assert moved == {n for n in after if n.endswith(("attn2.to_k.weight", "attn2.to_v.weight"))}
     assert moved

@@ -24,6 +24,7 @@ from support_methods import (
     check_its_file_is_the_method,
     loss_of,
     made,
+    one_row,
     trained,
 )
 from support_models import RESOLUTION, save_base
@@ -108,8 +109,7 @@ def test_it_starts_from_the_superclass(base: Path) -> None:
     torch.manual_seed(0)
     parts = BaseParts(base, CPU)
     letters = parts.tokenizers[0]("dog", add_special_tokens=False).input_ids
-    rows = parts.text_encoders[0].get_input_embeddings().weight[letters]
-    row = rows.mean(0) * rows.norm(dim=1).mean() / rows.mean(0).norm()
+    row = one_row(parts.text_encoders[0].get_input_embeddings().weight[letters])
     method, _ = made(base, "perfusion")
     ids = method.module.concept.ids[:, 0]
     with torch.no_grad():

@@ -19,7 +19,7 @@ from lookalike_trainers.methods.method import Card
 from lookalike_trainers.methods.textual_inversion import TextualInversion, build, wear
 from lookalike_trainers.methods.tokens import word_rows
 from lookalike_trainers.templates import OBJECT, STYLE
-from support_methods import whole
+from support_methods import one_row, whole
 from support_models import RESOLUTION, VAE_SCALE, save_base
 
 CPU = torch.device("cpu")
@@ -77,10 +77,7 @@ def naive(base: Path, one: Batch, count: int, keep_norm: bool) -> tuple[float, t
     table = encoder.get_input_embeddings()
     letters = BaseParts(base, CPU).tokenizers[0]("dog", add_special_tokens=False).input_ids
     own = table.weight[letters]  # d, o, g
-    if count == 1:
-        mean = own.mean(0)
-        own = (mean * own.norm(dim=1).mean() / mean.norm())[None]
-    rows = own.float().double()
+    rows = (one_row(own)[None] if count == 1 else own.float()).double()
     norm = trained_length(base)
     if keep_norm:
         rows = rows * norm / rows.norm(dim=1, keepdim=True)
