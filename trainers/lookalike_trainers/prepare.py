@@ -17,6 +17,7 @@ from lookalike_datasets.features.text import text_features
 from lookalike_platform.conditioning import ANY_SIZE, Text
 from lookalike_platform.files import canonical_digest
 from lookalike_trainers.base_parts import BaseParts
+from lookalike_trainers.checks import check_masks, check_words
 from lookalike_trainers.config import TrainingConfig
 from lookalike_trainers.data import Bucket, Reference, TrainingData, View
 from lookalike_trainers.denoiser import Denoiser
@@ -34,9 +35,13 @@ def prepare(
 ) -> tuple[TrainingData, str | None]:
     """The run's data, and the digest of its prior images if it has any.
 
+    Raises InvalidRequest, before anything is drawn or encoded, where nothing could be learned.
+
     Autoencoder and text encoders are let go afterwards: the steps do not need them.
     """
     say({"type": "stage", "stage": "caching"})
+    check_words(request, config, parts)
+    check_masks(request, config, say)
     photos = views_by_shape(request, config, _multiple(parts))
     of_class = _class_images(request, config, parts, say)
     class_images = {

@@ -22,6 +22,15 @@ class Photo:
         with Image.open(self.path) as image:
             return image.size
 
+    @cached_property
+    def masked(self) -> bool:
+        """Whether something in it is transparent."""
+        with Image.open(self.path) as image:
+            if not image.has_transparency_data:
+                return False
+            least, _ = image.convert("RGBA").getchannel("A").getextrema()
+            return least < 255
+
 
 @dataclass(frozen=True)
 class Cut:
