@@ -263,6 +263,26 @@ def test_targets_the_base_does_not_have_are_refused_by_name(api: Api) -> None:
     assert api.http.get("/v1/jobs").json()["items"] == []
 
 
+def test_a_rank_that_the_base_has_no_room_for_is_refused(api: Api) -> None:
+    refused = submit(api, method="t_lora", config={"rank": 200})
+    assert paths_of(refused) == ["config.rank"]
+
+
+def test_photos_that_could_only_be_squares_are_not_put_into_buckets(
+    api: Api, tmp_path: Path
+) -> None:
+    base = save_base(tmp_path / "deep")
+    file = base / "unet" / "config.json"
+    file.write_text(
+        file.read_text().replace('"block_out_channels": [', '"block_out_channels": [8, 8, 8,')
+    )
+    config = {"aspect_buckets": True}
+    refused = submit(api, base_model=str(base), config=config)
+    assert paths_of(refused) == ["config.aspect_buckets"]
+    assert submit(api, base_model=str(base), config={**config, "resolution": 96}).is_success
+    assert submit(api, config=config).is_success
+
+
 def test_the_user_s_own_class_images_are_another_subject_set(api: Api) -> None:
     photos, of_class = api.add_set(), api.add_set("dogs", 5)
     prior = {"subject_set": of_class["id"]}
