@@ -1,6 +1,7 @@
 """What a training may ask for, and its admission as a job."""
 
 import json
+from collections.abc import Sequence
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from sqlalchemy import select
@@ -102,6 +103,7 @@ def admit(
         _subject_set(session, owner, set_id, f"config.also[{place}]")
         for place, set_id in enumerate(also)
     ]
+    _check_sets(subject_set.id, config, also)
     nouns = [subject_set.class_noun, *(other.class_noun for other in others)]
     _check_prior(config, nouns)
     concept = wanted.concept or subject_set.name
@@ -122,6 +124,22 @@ def admit(
         },
     )
     return new, preview(session, base, wanted.method, config, settings, nouns)
+
+
+def _check_sets(own: str, config: TrainingConfig, also: Sequence[str]) -> None:
+    """Photos are those of one subject, or of the class: a set has one of these parts."""
+    problems = [
+        FieldProblem(
+            f"config.also[{place}]", "is a subject of this run already: name each set once"
+        )
+        for place, set_id in enumerate(also)
+        if set_id in (own, *also[:place])
+    ]
+    if config.prior and config.prior.subject_set in (own, *also):
+        message = "has the subject's own photos: name a set of others of its class, or leave it out"
+        problems.append(FieldProblem("config.prior.subject_set", message))
+    if problems:
+        raise wrong_values(problems)
 
 
 def _check_prior(config: TrainingConfig, nouns: list[str]) -> None:

@@ -230,11 +230,12 @@ def test_the_cost_counts_what_options_keep_in_memory(api: Api) -> None:
 
 
 def test_the_cost_counts_every_subject_s_word_and_every_class_s_images(api: Api) -> None:
+    own = api.add_set()["id"]
     others = [api.add_set("tom", 4, "cat")["id"], api.add_set("fido", 4)["id"]]
 
     def cost(*also: str) -> Any:
         config = {"also": also, "prior": {"num_images": 5}}
-        wanted = {"method": "custom_diffusion", "subject_set": others[1], "config": config}
+        wanted = {"method": "custom_diffusion", "subject_set": own, "config": config}
         return api.http.post("/v1/jobs", params={"dry_run": "true"}, json=wanted).json()
 
     one, two, three = cost(), cost(others[0]), cost(*others)
@@ -318,6 +319,20 @@ def test_custom_diffusion_learns_more_subjects_of_sets_it_is_told(api: Api) -> N
 
     refused = submit(api, method="custom_diffusion", config={"also": ["set_0000"]})
     assert paths_of(refused) == ["config.also[0]"]
+
+
+def test_a_set_has_one_part_in_a_run(api: Api) -> None:
+    own, other = (api.add_set(name)["id"] for name in ("rex", "tom"))
+
+    def refused(method: str, **config: Any) -> list[str]:
+        return paths_of(submit(api, subject_set=own, method=method, config=config))
+
+    assert refused("custom_diffusion", also=[other, own]) == ["config.also[1]"]
+    assert refused("custom_diffusion", also=[other, other]) == ["config.also[1]"]
+    assert refused("lora", prior={"subject_set": own}) == ["config.prior.subject_set"]
+    assert refused("custom_diffusion", also=[other], prior={"subject_set": other}) == [
+        "config.prior.subject_set"
+    ]
 
 
 @pytest.mark.parametrize("kind", ["subject_set", "prompt"])
