@@ -24,6 +24,7 @@ from lookalike_trainers.cost import Cost, preview
 from lookalike_trainers.defaults import defaults_on
 from lookalike_trainers.method_configs import CustomDiffusionConfig
 from lookalike_trainers.rare_tokens import rare_words
+from lookalike_trainers.unused import unused_options
 
 
 class JobRequest(BaseModel):
@@ -72,8 +73,8 @@ def complete_config(
     prompts and merges can tell them apart; if all of them are taken, the one that fewest answer to.
 
     Raises:
-        InvalidRequest: no such method or base, or wrong values, with the path of each
-            (`config.rank`).
+        InvalidRequest: no such method or base, wrong values, or some that the run would not read,
+            with the path of each (`config.rank`).
     """
     config = _method(wanted.method).config
     base = _base(settings, wanted.base_model)
@@ -81,9 +82,12 @@ def complete_config(
     if given.get("trigger") is None:
         given["trigger"] = _rare_word(base, _answered_to(session, owner, base, wanted))
     try:
-        return config.model_validate_json(json.dumps(given), strict=True)
+        complete = config.model_validate_json(json.dumps(given), strict=True)
     except ValidationError as error:
         raise wrong_values(fields_of(error.errors(), "config")) from error
+    if unused := unused_options(complete):
+        raise wrong_values(unused)
+    return complete
 
 
 def admit(

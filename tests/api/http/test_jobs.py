@@ -102,8 +102,21 @@ def test_a_wrong_config_value_is_named_by_its_path(
     assert paths_of(submit(api, config=config)) == [path]
 
 
+def test_an_option_that_the_run_would_not_read_is_refused_unless_it_is_the_default(
+    api: Api,
+) -> None:
+    config = {"token_learning_rate": 0.01, "prior": {"subject_set": "set_1", "steps": 30}}
+    assert paths_of(submit(api, config=config)) == [
+        "config.token_learning_rate",
+        "config.prior.steps",
+    ]
+    config = {"prior": {"subject_set": api.add_set("dogs", 5)["id"]}}
+    whole = submit(api, config=config).json()["request"]["config"]
+    assert submit(api, config=whole).json()["request"]["config"] == whole
+
+
 def test_spaces_around_an_initializer_are_no_part_of_it(api: Api) -> None:
-    job = submit(api, config={"initializer": " dog "}).json()
+    job = submit(api, config={"initializer": " dog ", "token_vectors": 1}).json()
     assert job["request"]["config"]["initializer"] == "dog"
 
 
