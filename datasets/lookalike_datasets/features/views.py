@@ -28,8 +28,8 @@ class Photo:
         with Image.open(self.path) as image:
             if not image.has_transparency_data:
                 return False
-            least, _ = image.convert("RGBA").getchannel("A").getextrema()
-            return least < 255
+            counts = image.convert("RGBA").getchannel("A").histogram()
+            return any(counts[:255])
 
 
 @dataclass(frozen=True)
