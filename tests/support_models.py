@@ -8,7 +8,7 @@ from typing import Any
 
 RESOLUTION = 64
 VAE_SCALE = 4
-TOKENS = 16
+TOKENS = 48
 WIDTH = 16
 """Of one text encoder's features."""
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from support_images import photo
-from support_models import save_base
+from support_models import TOKENS, save_base
 from support_ranks import Outcome, Scenario, launch
 
 pytestmark = pytest.mark.processes
@@ -101,7 +101,8 @@ def losses_of_a_textbook_loop(folder: Path) -> list[float]:
     optimizer = torch.optim.AdamW(trained, lr=1e-3, weight_decay=1e-2)
 
     def encode_text(prompt: str) -> torch.Tensor:
-        ids = tokenizer(prompt, padding="max_length", max_length=16, return_tensors="pt").input_ids
+        whole = {"padding": "max_length", "max_length": TOKENS}
+        ids = tokenizer(prompt, **whole, return_tensors="pt").input_ids
         with torch.no_grad():
             features: torch.Tensor = encoder(ids)[0][0]
         return features

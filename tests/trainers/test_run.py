@@ -115,3 +115,10 @@ def test_an_optimiser_that_cannot_be_had_ends_the_run_before_its_work(folder: Pa
     assert code != 0
     assert [message["type"] for message in said] == ["error"]
     assert "adamw8bit with ZeRO 2" in said[0]["problem"]["detail"]
+
+
+def test_what_the_base_has_no_room_for_ends_the_run_before_its_work(folder: Path) -> None:
+    code, said = carry_out(folder, 1, 0, targets=("to_z",), prior={"num_images": 2, "steps": 2})
+    assert code != 0
+    assert [message["type"] for message in said] == ["error"]
+    assert said[0]["problem"]["errors"][0]["path"] == "config.targets"

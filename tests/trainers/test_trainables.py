@@ -81,6 +81,12 @@ def test_svdiff_s_factors_and_products_take_what_the_preview_says(
     assert held_bytes(parameter_shapes(base), config) == held
 
 
+def test_a_rank_larger_than_a_layer_is_refused_by_its_field(base: Path) -> None:
+    with pytest.raises(InvalidRequest) as refused:
+        count(parameter_shapes(base), TLoraConfig(rank=17))
+    assert [field.path for field in refused.value.fields] == ["config.rank"]
+
+
 @pytest.mark.parametrize(
     "config",
     [

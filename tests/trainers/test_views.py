@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from lookalike_datasets.features.views import Cut
+from lookalike_platform.errors import InvalidRequest
 from lookalike_platform.files import canonical_digest
 from lookalike_trainers.base_parts import BaseParts
 from lookalike_trainers.config import PriorConfig
@@ -14,7 +15,7 @@ from lookalike_trainers.data import TrainingData
 from lookalike_trainers.method_configs import LoraConfig
 from lookalike_trainers.methods.lora import build
 from lookalike_trainers.prepare import prepare
-from lookalike_trainers.views import class_views, views_by_shape
+from lookalike_trainers.views import bucket_shapes, class_views, views_by_shape
 from support_images import encoded, picture
 from support_models import RESOLUTION, VAE_SCALE, save_base
 from support_ranks import run_request
@@ -72,6 +73,20 @@ def test_buckets_keep_a_photos_shape_at_about_the_same_size(folder: Path) -> Non
         assert max(width, height) <= 2.5 * min(width, height)
     assert len(found[88, 40]) == len(found[40, 88]) == 1
     assert len(found[96, 40]) == 1  # 3 : 1 is cut to the longest there is
+
+
+@pytest.mark.parametrize(
+    ("resolution", "multiple", "remedy"), [(72, 64, 96), (128, 64, 160), (64, 32, 80)]
+)
+def test_where_there_is_no_shape_but_the_square_buckets_are_refused(
+    resolution: int, multiple: int, remedy: int
+) -> None:
+    with pytest.raises(InvalidRequest) as refused:
+        bucket_shapes(resolution, multiple)
+    (problem,) = refused.value.fields
+    assert problem.path == "config.aspect_buckets"
+    assert f"leave it out, or set resolution to {remedy}" in problem.message
+    assert len(bucket_shapes(remedy, multiple)) > 1
 
 
 def test_batches_of_buckets_masks_and_crops_come_out_of_the_caches(folder: Path) -> None:

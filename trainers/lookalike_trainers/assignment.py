@@ -129,7 +129,12 @@ def run_request(work: Assignment, blobs: BlobStore, settings: Settings) -> RunRe
 
 def _as_files(photos: list[SubjectImage], blobs: BlobStore) -> list[RunImage]:
     return [
-        RunImage(path=blobs.path(str(p.sha256)), sha256=str(p.sha256), caption=p.caption)
+        RunImage(
+            path=blobs.path(str(p.sha256)),
+            sha256=str(p.sha256),
+            caption=p.caption,
+            name=p.filename,
+        )
         for p in photos
     ]
 

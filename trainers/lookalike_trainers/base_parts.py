@@ -98,6 +98,17 @@ class BaseParts:
         spelled = [spell(prompt, self.learned) for prompt in prompts]
         return torch.stack([tokenize(tokenizer, spelled) for tokenizer in self.tokenizers], dim=1)
 
+    def reads(self, prompt: str, word: str) -> bool:
+        """Whether the encoders read the whole of a word in a prompt: they stop at a length."""
+        last = self.learned.get(word, [word])[-1]
+        spelled = spell(prompt, self.learned)
+        said = re.search(rf"(?<!\w){re.escape(last)}(?!\w)", spelled, re.IGNORECASE)
+        return said is not None and all(
+            len(tokenizer(spelled[: said.end()], verbose=False).input_ids)
+            <= tokenizer.model_max_length
+            for tokenizer in self.tokenizers
+        )
+
     def encode(self, prompts: Sequence[str], resolution: int) -> Text:
         """Prompts as the base's own text encoders read them."""
         return encode(self.text_encoders, self.ids(prompts).to(self.device), resolution)

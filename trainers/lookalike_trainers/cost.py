@@ -14,6 +14,7 @@ from lookalike_registry.tensor_file import parameter_shapes
 from lookalike_trainers.config import TrainingConfig
 from lookalike_trainers.prompts import class_prompt
 from lookalike_trainers.trainables import count, held_bytes
+from lookalike_trainers.views import bucket_shapes, side_multiple
 
 _FLOAT = 4  # bytes: trainables, gradients and optimiser state are float32
 _RECENT = 5
@@ -56,8 +57,11 @@ def preview(
         class_nouns: of the subjects.
 
     Raises:
-        InvalidRequest: the base has no layers of the targets named.
+        InvalidRequest: the base has no layers of the targets named, or too narrow ones; photos
+            cannot keep their shapes at this resolution.
     """
+    if config.aspect_buckets:
+        bucket_shapes(config.resolution or base.resolution, side_multiple(base.folder))
     shapes = parameter_shapes(base.folder)
     numbers = count(shapes, config)
     unet = sum(math.prod(s) for name, s in shapes.items() if name.startswith("unet."))

@@ -1,6 +1,6 @@
 """What each method adds to the shared options, or begins with instead. Torch-free."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Sequence
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
@@ -96,6 +96,16 @@ def check_targets(
     ]
     if problems:
         raise InvalidRequest("This base has no layers to adapt by these names.", problems)
+
+
+def check_rank(rank: int, layers: Iterable[Sequence[int]]) -> None:
+    """Raises InvalidRequest if one of the layers' matrices has fewer singular values."""
+    narrowest = min(min(shape) for shape in layers)
+    if rank > narrowest:
+        raise InvalidRequest(
+            f"T-LoRA's rank {rank} is larger than a layer of this base.",
+            [FieldProblem("config.rank", f"must be at most {narrowest}, the narrowest layer")],
+        )
 
 
 class TLoraConfig(TrainingConfig):

@@ -17,6 +17,7 @@ from lookalike_datasets.features.text import text_features
 from lookalike_platform.conditioning import ANY_SIZE, Text
 from lookalike_platform.files import canonical_digest
 from lookalike_trainers.base_parts import BaseParts
+from lookalike_trainers.checks import check_masks, check_words
 from lookalike_trainers.config import TrainingConfig
 from lookalike_trainers.data import Bucket, Reference, TrainingData, View
 from lookalike_trainers.denoiser import Denoiser
@@ -24,7 +25,7 @@ from lookalike_trainers.objective import NoiseSchedule
 from lookalike_trainers.prompts import class_caption, class_prompt, validation_prompt
 from lookalike_trainers.run_request import RunImage, RunRequest
 from lookalike_trainers.subjects import subjects_of
-from lookalike_trainers.views import Shown, class_views, views_by_shape
+from lookalike_trainers.views import Shown, class_views, side_multiple, views_by_shape
 
 Say = Callable[[dict[str, Any]], None]
 
@@ -34,10 +35,14 @@ def prepare(
 ) -> tuple[TrainingData, str | None]:
     """The run's data, and the digest of its prior images if it has any.
 
+    Raises InvalidRequest, before anything is drawn or encoded, where nothing could be learned.
+
     Autoencoder and text encoders are let go afterwards: the steps do not need them.
     """
     say({"type": "stage", "stage": "caching"})
-    photos = views_by_shape(request, config, _multiple(parts))
+    check_words(request, config, parts)
+    check_masks(request, config, say)
+    photos = views_by_shape(request, config, side_multiple(parts.folder))
     of_class = _class_images(request, config, parts, say)
     class_images = {
         shape: class_views(of_class, shape, config, request.class_noun) for shape in photos
@@ -180,12 +185,6 @@ def _reference(
     bf16 = config.mixed_precision == "bf16"
     base = Denoiser(parts.take_frozen_unet(bf16=bf16), [], bf16=bf16)
     return Reference(base, _features(prompts, request, parts))
-
-
-def _multiple(parts: BaseParts) -> int:
-    """Pixels of a side per latent that the denoiser has halved as often as it does."""
-    halvings = len(_component(parts, "unet")["block_out_channels"]) - 1
-    return parts.vae_scale * 2**halvings
 
 
 def _component(parts: BaseParts, name: str) -> dict[str, Any]:

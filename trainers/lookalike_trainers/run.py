@@ -19,6 +19,7 @@ from lookalike_platform.errors import LookalikeError
 from lookalike_platform.files import atomic_write, sha256_file
 from lookalike_platform.process import die_with_parent
 from lookalike_registry.check import check_file
+from lookalike_registry.tensor_file import parameter_shapes
 from lookalike_trainers.catalog import METHODS
 from lookalike_trainers.config import TrainingConfig
 from lookalike_trainers.run_request import RunRequest
@@ -70,11 +71,13 @@ def run(folder: Path, say: Say) -> str:
     from lookalike_trainers.prepare import prepare
     from lookalike_trainers.prompts import validation_prompt
     from lookalike_trainers.subjects import subjects_of
+    from lookalike_trainers.trainables import count
     from lookalike_trainers.validation import Validation
 
     # Before the work, not after it.
     check_encoders(request.clip_encoder, request.dino_encoder)
     check_optimizer(config, request.zero_stage)
+    count(parameter_shapes(request.base_folder), config)
     world = int(os.environ["WORLD_SIZE"])
     parts = BaseParts(request.base_folder, device, request.cache)
     if config.token_vectors:

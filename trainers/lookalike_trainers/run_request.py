@@ -12,6 +12,11 @@ class RunImage(Strict):
     path: Path
     sha256: str
     caption: str | None = None
+    name: str | None = None  # the file's as it was uploaded, for people
+
+    @property
+    def called(self) -> str:
+        return self.name or self.path.name
 
 
 class MoreSubject(Strict):

@@ -19,6 +19,7 @@ from lookalike_trainers.method_configs import (
     SvdiffConfig,
     TextualInversionConfig,
     TLoraConfig,
+    check_rank,
     check_targets,
     ends_in,
 )
@@ -35,7 +36,7 @@ class Count(NamedTuple):
 def count(shapes: Shapes, config: TrainingConfig) -> Count:
     """Numbers that train, and numbers in the adapter file, all float32.
 
-    Raises InvalidRequest if the base has no layers of the targets named.
+    Raises InvalidRequest if the base has no layers of the targets named, or too narrow ones.
     """
     tokens = config.token_vectors * sum(
         shape[1] for name, shape in shapes.items() if name.endswith("token_embedding.weight")
@@ -73,6 +74,7 @@ def _own(shapes: Shapes, config: TrainingConfig) -> Count:
             matrices = {name: shape for name, shape in shapes.items() if len(shape) == 2}
             layers = _targeted(matrices, config.target_modules, ())
             check_targets(config, _unet_layers(matrices))
+            check_rank(config.rank, layers.values())
             pairs = sum(config.rank * (out + width) for out, width in layers.values())
             # The file has the products' start too, each half of twice the rank.
             return Count(pairs + config.rank * len(layers), 2 * pairs)

@@ -4,12 +4,15 @@ A view is decided by the photo's content and the config alone, so it is encoded 
 (datasets/features/latents.py).
 """
 
+import json
 import random
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import NamedTuple
 
 from lookalike_datasets.features.views import Cut, Photo
+from lookalike_platform.errors import FieldProblem, InvalidRequest
 from lookalike_trainers.config import TrainingConfig
 from lookalike_trainers.prompts import class_prompt, instance_captions
 from lookalike_trainers.run_request import RunImage, RunRequest
@@ -45,13 +48,13 @@ def views_by_shape(
         multiple: sides are multiples of it, so that the denoiser can halve them.
     """
     assert config.resolution is not None
+    square = (config.resolution, config.resolution)
+    shapes = bucket_shapes(config.resolution, multiple) if config.aspect_buckets else [square]
     buckets: dict[Shape, list[list[Shown]]] = {}
     for subject in subjects_of(request, config):
         for image in subject.images:
             photo = Photo(image.path, image.sha256)
-            shape = (config.resolution, config.resolution)
-            if config.aspect_buckets:
-                shape = _nearest(photo, config.resolution, multiple)
+            shape = _nearest(photo, shapes) if config.aspect_buckets else square
             captions = instance_captions(image.caption, subject.config, subject.class_noun)
             views = [v for c in captions for v in photo_views(photo, c, shape, config)]
             buckets.setdefault(shape, []).append(views)
@@ -104,14 +107,43 @@ def class_views(
     ]
 
 
-def _nearest(photo: Photo, resolution: int, multiple: int) -> Shape:
+def bucket_shapes(resolution: int, multiple: int) -> list[Shape]:
+    """The shapes that photos can have. Raises InvalidRequest if that is none but the square."""
+    shapes = _shapes(resolution, multiple)
+    if not any(width != height for width, height in shapes):
+        larger = next(
+            r for r in range(resolution, 64 * multiple, 8) if len(_shapes(r, multiple)) > 1
+        )
+        problem = FieldProblem(
+            "config.aspect_buckets",
+            f"pictures of this base have sides of multiples of {multiple} pixels, which leaves no "
+            f"shape but the square at a resolution of {resolution}: leave it out, or set "
+            f"resolution to {larger}",
+        )
+        raise InvalidRequest("The photos cannot keep their shapes.", [problem])
+    return shapes
+
+
+def side_multiple(base_folder: Path) -> int:
+    """Pixels of a side per latent that the denoiser has halved as often as it does."""
+    vae, unet = (
+        len(json.loads((base_folder / part / "config.json").read_text())["block_out_channels"]) - 1
+        for part in ("vae", "unet")
+    )
+    return int(2 ** (vae + unet))
+
+
+def _shapes(resolution: int, multiple: int) -> list[Shape]:
+    sides = range(multiple, int(resolution * LONGEST), multiple)
+    pixels = resolution**2
+    return [(w, h) for w in sides for h in sides if LEAST * pixels <= w * h <= pixels]
+
+
+def _nearest(photo: Photo, shapes: Sequence[Shape]) -> Shape:
     """Of the shapes, the one whose sides have the photo's ratio most nearly."""
     ratio = photo.size[0] / photo.size[1]
 
     def distance(shape: Shape) -> float:
         return max(ratio * shape[1] / shape[0], shape[0] / shape[1] / ratio)
 
-    sides = range(multiple, int(resolution * LONGEST), multiple)
-    pixels = resolution**2
-    shapes = [(w, h) for w in sides for h in sides if LEAST * pixels <= w * h <= pixels]
     return min(shapes, key=distance)

@@ -1,6 +1,7 @@
 """What a training may ask for, and its admission as a job."""
 
 import json
+from collections.abc import Sequence
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from sqlalchemy import select
@@ -23,6 +24,7 @@ from lookalike_trainers.cost import Cost, preview
 from lookalike_trainers.defaults import defaults_on
 from lookalike_trainers.method_configs import CustomDiffusionConfig
 from lookalike_trainers.rare_tokens import rare_words
+from lookalike_trainers.unused import unused_options
 
 
 class JobRequest(BaseModel):
@@ -71,8 +73,8 @@ def complete_config(
     prompts and merges can tell them apart; if all of them are taken, the one that fewest answer to.
 
     Raises:
-        InvalidRequest: no such method or base, or wrong values, with the path of each
-            (`config.rank`).
+        InvalidRequest: no such method or base, wrong values, or some that the run would not read,
+            with the path of each (`config.rank`).
     """
     config = _method(wanted.method).config
     base = _base(settings, wanted.base_model)
@@ -80,9 +82,12 @@ def complete_config(
     if given.get("trigger") is None:
         given["trigger"] = _rare_word(base, _answered_to(session, owner, base, wanted))
     try:
-        return config.model_validate_json(json.dumps(given), strict=True)
+        complete = config.model_validate_json(json.dumps(given), strict=True)
     except ValidationError as error:
         raise wrong_values(fields_of(error.errors(), "config")) from error
+    if unused := unused_options(complete):
+        raise wrong_values(unused)
+    return complete
 
 
 def admit(
@@ -102,6 +107,7 @@ def admit(
         _subject_set(session, owner, set_id, f"config.also[{place}]")
         for place, set_id in enumerate(also)
     ]
+    _check_sets(subject_set.id, config, also)
     nouns = [subject_set.class_noun, *(other.class_noun for other in others)]
     _check_prior(config, nouns)
     concept = wanted.concept or subject_set.name
@@ -122,6 +128,22 @@ def admit(
         },
     )
     return new, preview(session, base, wanted.method, config, settings, nouns)
+
+
+def _check_sets(own: str, config: TrainingConfig, also: Sequence[str]) -> None:
+    """Photos are those of one subject, or of the class: a set has one of these parts."""
+    problems = [
+        FieldProblem(
+            f"config.also[{place}]", "is a subject of this run already: name each set once"
+        )
+        for place, set_id in enumerate(also)
+        if set_id in (own, *also[:place])
+    ]
+    if config.prior and config.prior.subject_set in (own, *also):
+        message = "has the subject's own photos: name a set of others of its class, or leave it out"
+        problems.append(FieldProblem("config.prior.subject_set", message))
+    if problems:
+        raise wrong_values(problems)
 
 
 def _check_prior(config: TrainingConfig, nouns: list[str]) -> None:

@@ -22,6 +22,15 @@ class Photo:
         with Image.open(self.path) as image:
             return image.size
 
+    @cached_property
+    def masked(self) -> bool:
+        """Whether something in it is transparent."""
+        with Image.open(self.path) as image:
+            if not image.has_transparency_data:
+                return False
+            counts = image.convert("RGBA").getchannel("A").histogram()
+            return any(counts[:255])
+
 
 @dataclass(frozen=True)
 class Cut:

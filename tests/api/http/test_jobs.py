@@ -102,8 +102,21 @@ def test_a_wrong_config_value_is_named_by_its_path(
     assert paths_of(submit(api, config=config)) == [path]
 
 
+def test_an_option_that_the_run_would_not_read_is_refused_unless_it_is_the_default(
+    api: Api,
+) -> None:
+    config = {"token_learning_rate": 0.01, "prior": {"subject_set": "set_1", "steps": 30}}
+    assert paths_of(submit(api, config=config)) == [
+        "config.token_learning_rate",
+        "config.prior.steps",
+    ]
+    config = {"prior": {"subject_set": api.add_set("dogs", 5)["id"]}}
+    whole = submit(api, config=config).json()["request"]["config"]
+    assert submit(api, config=whole).json()["request"]["config"] == whole
+
+
 def test_spaces_around_an_initializer_are_no_part_of_it(api: Api) -> None:
-    job = submit(api, config={"initializer": " dog "}).json()
+    job = submit(api, config={"initializer": " dog ", "token_vectors": 1}).json()
     assert job["request"]["config"]["initializer"] == "dog"
 
 
@@ -230,11 +243,12 @@ def test_the_cost_counts_what_options_keep_in_memory(api: Api) -> None:
 
 
 def test_the_cost_counts_every_subject_s_word_and_every_class_s_images(api: Api) -> None:
+    own = api.add_set()["id"]
     others = [api.add_set("tom", 4, "cat")["id"], api.add_set("fido", 4)["id"]]
 
     def cost(*also: str) -> Any:
         config = {"also": also, "prior": {"num_images": 5}}
-        wanted = {"method": "custom_diffusion", "subject_set": others[1], "config": config}
+        wanted = {"method": "custom_diffusion", "subject_set": own, "config": config}
         return api.http.post("/v1/jobs", params={"dry_run": "true"}, json=wanted).json()
 
     one, two, three = cost(), cost(others[0]), cost(*others)
@@ -261,6 +275,26 @@ def test_the_cost_counts_svdiff_s_factors(api: Api) -> None:
 def test_targets_the_base_does_not_have_are_refused_by_name(api: Api) -> None:
     assert paths_of(submit(api, config={"targets": ["to_z"]})) == ["config.targets"]
     assert api.http.get("/v1/jobs").json()["items"] == []
+
+
+def test_a_rank_that_the_base_has_no_room_for_is_refused(api: Api) -> None:
+    refused = submit(api, method="t_lora", config={"rank": 200})
+    assert paths_of(refused) == ["config.rank"]
+
+
+def test_photos_that_could_only_be_squares_are_not_put_into_buckets(
+    api: Api, tmp_path: Path
+) -> None:
+    base = save_base(tmp_path / "deep")
+    file = base / "unet" / "config.json"
+    file.write_text(
+        file.read_text().replace('"block_out_channels": [', '"block_out_channels": [8, 8, 8,')
+    )
+    config = {"aspect_buckets": True}
+    refused = submit(api, base_model=str(base), config=config)
+    assert paths_of(refused) == ["config.aspect_buckets"]
+    assert submit(api, base_model=str(base), config={**config, "resolution": 96}).is_success
+    assert submit(api, config=config).is_success
 
 
 def test_the_user_s_own_class_images_are_another_subject_set(api: Api) -> None:
@@ -298,6 +332,20 @@ def test_custom_diffusion_learns_more_subjects_of_sets_it_is_told(api: Api) -> N
 
     refused = submit(api, method="custom_diffusion", config={"also": ["set_0000"]})
     assert paths_of(refused) == ["config.also[0]"]
+
+
+def test_a_set_has_one_part_in_a_run(api: Api) -> None:
+    own, other = (api.add_set(name)["id"] for name in ("rex", "tom"))
+
+    def refused(method: str, **config: Any) -> list[str]:
+        return paths_of(submit(api, subject_set=own, method=method, config=config))
+
+    assert refused("custom_diffusion", also=[other, own]) == ["config.also[1]"]
+    assert refused("custom_diffusion", also=[other, other]) == ["config.also[1]"]
+    assert refused("lora", prior={"subject_set": own}) == ["config.prior.subject_set"]
+    assert refused("custom_diffusion", also=[other], prior={"subject_set": other}) == [
+        "config.prior.subject_set"
+    ]
 
 
 @pytest.mark.parametrize("kind", ["subject_set", "prompt"])

@@ -27,7 +27,7 @@ from support_methods import (
     one_row,
     trained,
 )
-from support_models import RESOLUTION, save_base
+from support_models import RESOLUTION, TOKENS, save_base
 
 
 @pytest.fixture(scope="module")
@@ -159,7 +159,7 @@ def test_the_metric_is_the_inverse_of_the_damped_covariance_of_captions(
     tokenizer, encoder = parts.tokenizers[0], parts.text_encoders[0]
     spoken = []
     for caption in CAPTIONS[::40]:
-        ids = tokenizer(caption, truncation=True, max_length=16, return_tensors="pt").input_ids
+        ids = tokenizer(caption, truncation=True, max_length=TOKENS, return_tensors="pt").input_ids
         spoken.append(encoder(ids)[0][0].detach().double())
     e = torch.cat(spoken).numpy()
     monkeypatch.setattr("lookalike_trainers.methods.covariance.CAPTIONS", CAPTIONS[::40])
@@ -232,7 +232,7 @@ def test_a_token_with_nothing_of_the_concept_meets_a_closed_gate(
 
 def test_a_word_the_encoder_never_reads_is_refused(base: Path) -> None:
     with pytest.raises(InvalidRequest) as refused:
-        made(base, "perfusion", prompt="a very long winded way to say {trigger}")
+        made(base, "perfusion", prompt="x" * TOKENS + " {trigger}")
     assert [field.path for field in refused.value.fields] == ["config.prompt"]
 
 

@@ -123,7 +123,14 @@ def test_only_the_factors_move_and_all_of_them_do(base: Path) -> None:
     check_every_declared_parameter_moves_and_no_other(base, "t_lora", **config)
 
 
-@pytest.mark.parametrize("config", [{}, {"token_vectors": 2, "targets": ("feed_forward", "to_q")}])
+@pytest.mark.parametrize(
+    "config",
+    [
+        {},
+        {"token_vectors": 2, "targets": ("feed_forward", "to_q")},
+        {"targets": ("time_emb_proj", "linear_1", "to_v")},  # layers of no sequence
+    ],
+)
 def test_its_file_is_the_method(base: Path, tmp_path: Path, config: dict[str, Any]) -> None:
     check_its_file_is_the_method(base, tmp_path, "t_lora", rank=6, **config)
 

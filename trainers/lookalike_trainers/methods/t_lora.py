@@ -19,14 +19,13 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from lookalike_platform.errors import FieldProblem, InvalidRequest
 from lookalike_registry.products import Product, loaded_products, saved_products
 from lookalike_registry.safetensors_header import read_header
 from lookalike_registry.tensor_file import ADAPTER_NAME, adapter_info, save_tensors
 from lookalike_trainers.config import TrainingConfig
 from lookalike_trainers.data import Batch
 from lookalike_trainers.denoiser import Denoiser, checkpoint_gradients
-from lookalike_trainers.method_configs import TLoraConfig, check_targets, ends_in
+from lookalike_trainers.method_configs import TLoraConfig, check_rank, check_targets, ends_in
 from lookalike_trainers.methods.groups import parameter_groups
 from lookalike_trainers.methods.method import Card, TakeOff, Wearer
 from lookalike_trainers.methods.products import own_layers, wear_products
@@ -58,10 +57,11 @@ class RankMask:
         self.ranks = ranks_at(t, self.rank, self.min_rank, self.total)
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
-        """M_t A x of A x [n, tokens, k r], k products side by side."""
+        """M_t A x of A x [n, ..., k r], k products side by side."""
         places = torch.arange(self.rank, device=hidden.device)
         kept = places < self.ranks.to(hidden.device).unsqueeze(1)
-        return hidden * kept.repeat(1, hidden.shape[-1] // self.rank).unsqueeze(1)
+        kept = kept.repeat(1, hidden.shape[-1] // self.rank)
+        return hidden * kept.view(len(kept), *[1] * (hidden.dim() - 2), -1)
 
 
 class TimedProduct(nn.Module):
@@ -187,12 +187,7 @@ def insert(unet: nn.Module, targets: tuple[str, ...], mask: RankMask) -> dict[st
         for name, layer in own_layers(unet).items()
         if ends_in(name, targets) and isinstance(layer, nn.Linear)
     }
-    narrowest = min(min(layer.weight.shape) for layer in layers.values())
-    if mask.rank > narrowest:
-        raise InvalidRequest(
-            f"T-LoRA's rank {mask.rank} is larger than a layer of this base.",
-            [FieldProblem("config.rank", f"must be at most {narrowest}, the narrowest layer")],
-        )
+    check_rank(mask.rank, [layer.weight.shape for layer in layers.values()])
     timed = {name: TimedProduct(layer, mask) for name, layer in layers.items()}
     for name, layer in timed.items():
         unet.set_submodule(name, layer)
