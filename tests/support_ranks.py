@@ -2,8 +2,9 @@
 
     torchrun … tests/support_ranks.py FOLDER
 
-FOLDER has `base/`, `photos/` and `scenarios.json`; each rank leaves `rank<n>.json`. Importing torch
-and its company takes longer than these runs do: so many runs share one launch.
+FOLDER has `base/`, `photos/` and `scenarios.json`, and by their names the subject sets of `also`;
+each rank leaves `rank<n>.json`. Importing torch and its company takes longer than these runs do: so
+many runs share one launch.
 """
 
 import json
@@ -19,7 +20,7 @@ from typing import Any
 from lookalike_platform.files import sha256_file
 from lookalike_trainers.catalog import METHODS
 from lookalike_trainers.config import TrainingConfig
-from lookalike_trainers.run_request import RunImage, RunRequest
+from lookalike_trainers.run_request import MoreSubject, RunImage, RunRequest
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,6 @@ def run_request(
     zero_stage: int = 0,
 ) -> RunRequest:
     """A request on the photos and the base in `folder`."""
-    photos = sorted((folder / "photos").iterdir())
     return RunRequest(
         job_id="job_1",
         owner="local",
@@ -107,12 +107,16 @@ def run_request(
         base_fingerprint="tiny",
         base_family="sd1",
         prediction_type="epsilon",
-        images=[RunImage(path=path, sha256=sha256_file(path)) for path in photos],
+        images=_images(folder / "photos"),
         cache=folder / "cache",
         device="cpu",
         num_processes=num_processes,
         zero_stage=zero_stage,
     )
+
+
+def _images(folder: Path) -> list[RunImage]:
+    return [RunImage(path=path, sha256=sha256_file(path)) for path in sorted(folder.iterdir())]
 
 
 def main() -> None:
@@ -134,6 +138,7 @@ def _train(folder: Path, scenario: Scenario) -> Outcome:
     from lookalike_trainers.methods.find import builder_of
     from lookalike_trainers.methods.method import Card
     from lookalike_trainers.prepare import prepare
+    from lookalike_trainers.subjects import subjects_of
 
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     info = next(info for info in METHODS if info.name == scenario.method)
@@ -145,9 +150,14 @@ def _train(folder: Path, scenario: Scenario) -> Outcome:
         num_processes=world,
         zero_stage=scenario.zero_stage,
     )
+    request.also.extend(
+        MoreSubject(class_noun="cat", images=_images(folder / name))
+        for name in getattr(config, "also", ())
+    )
     parts = BaseParts(request.base_folder, torch.device("cpu"))
     if config.token_vectors:
-        parts.learn(config.trigger, config.token_vectors)
+        for subject in subjects_of(request, config):
+            parts.learn(subject.config.trigger, config.token_vectors)
     data, _ = prepare(request, config, parts, lambda message: None)
     torch.manual_seed(config.seed)
     method = builder_of(scenario.method)(parts, config)

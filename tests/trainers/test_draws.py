@@ -202,27 +202,3 @@ def test_masks_go_with_their_views_and_whole_ones_with_the_rest() -> None:
     for place, photo in enumerate(chosen):
         assert torch.equal(found[place], mask if photo == 0 else torch.ones(1, 8, 8))
     assert torch.equal(found[4:], torch.ones(4, 1, 8, 8))
-
-
-def test_evaluation_is_of_photos_under_luck_of_its_own_that_never_changes() -> None:
-    whole = data(caption_dropout=1.0, batch_size=2)
-    (batch,) = whole.evaluation()
-    (again,) = data(caption_dropout=1.0, batch_size=4).evaluation()
-    assert torch.equal(batch.noisy, again.noisy)
-    assert torch.equal(batch.timesteps, again.timesteps)
-    assert len(batch.noisy) == 8
-    assert batch.weight.tolist() == [1 / 8] * 8  # one plain mean, whatever min-SNR says
-    assert torch.equal(features(batch.text), features(whole.texts[[1] * 8]))  # none is dropped
-    assert not torch.equal(batch.timesteps[:2], whole.batch(0, 0, 0, 1).timesteps[:2])
-
-
-def test_evaluation_of_several_shapes_is_one_mean_over_all_of_them() -> None:
-    def photo(height: int, width: int) -> list[View]:
-        return [
-            View(Moments(torch.randn(4, height, width), torch.rand(4, height, width)), 1, SIZES)
-        ]
-
-    buckets = [Bucket([photo(6, 10), photo(6, 10)], []), Bucket([photo(10, 6)], [])]
-    batches = replace(data(), buckets=buckets, config=LoraConfig()).evaluation()
-    assert sum(float(batch.weight.sum()) for batch in batches) == pytest.approx(1)
-    assert [len(batch.noisy) for batch in batches] == [6, 2]

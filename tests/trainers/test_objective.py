@@ -114,11 +114,11 @@ def test_loss_and_gradient_weigh_both_terms_sample_by_sample(
     instance = sum(w[i] * error[i].mean() for i in (0, 1)) / 2
     prior = sum(w[i] * error[i].mean() for i in (2, 3, 4)) / 3
     whole = torch.as_tensor(instance + prior_weight * prior)
-    torch.testing.assert_close(loss.double(), whole, rtol=1e-6, atol=0)
+    torch.testing.assert_close(loss, whole, rtol=1e-10, atol=0)
 
     slope = 2 * (prediction.detach() - target) / error[0].numel()
     expected = torch.stack([base[i] * w[i] * slope[i] for i in range(5)])
-    torch.testing.assert_close(prediction.grad, expected, rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(prediction.grad, expected, rtol=1e-10, atol=1e-14)
 
 
 def test_a_masked_error_is_the_mean_over_what_the_mask_shows() -> None:
@@ -139,7 +139,7 @@ def test_a_masked_error_is_the_mean_over_what_the_mask_shows() -> None:
             if mask[i, 0, y, x]
         ]
         expected += float(weight[i]) * sum(shown) / len(shown)
-    assert float(loss) == pytest.approx(expected, rel=1e-6)
+    assert float(loss) == pytest.approx(expected, rel=1e-10)
     whole = weighted_mse(prediction, target, weight, torch.ones_like(mask))
     torch.testing.assert_close(whole, weighted_mse(prediction, target, weight))
 

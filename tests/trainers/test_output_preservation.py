@@ -90,9 +90,9 @@ def test_loss_and_gradient_are_the_subjects_and_the_distance_from_the_base_on_th
     learned = predict(unet, noisy, t, subject) - batch.target[:2]
     kept = predict(unet, noisy, t, plain) - predict(own, noisy, t, plain)
     expected = learned.square().mean() + WEIGHT * kept.square().mean()
-    torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(loss, expected, rtol=1e-10, atol=0)
     for mine, naive in zip(gradients, torch.autograd.grad(expected, trained), strict=True):
-        torch.testing.assert_close(mine, naive, rtol=1e-6, atol=1e-6 * float(naive.abs().max()))
+        torch.testing.assert_close(mine, naive, rtol=1e-7, atol=1e-7 * float(naive.abs().max()))
     assert torch.equal(batch.noisy[2:], noisy)
     assert torch.equal(batch.timesteps[2:], t)
 

@@ -1,7 +1,6 @@
 """Pictures drawn while training goes on are what sampling would draw then."""
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,6 +8,7 @@ import torch
 from PIL import Image, ImageChops
 
 from lookalike_trainers.base_parts import BaseParts
+from lookalike_trainers.engine import Engine
 from lookalike_trainers.method_configs import LoraConfig
 from lookalike_trainers.methods.lora import build
 from lookalike_trainers.painting import paint
@@ -41,7 +41,7 @@ def test_before_anything_is_learned_the_picture_is_the_bases_own(
     data, _ = prepare(run_request(tmp_path, config), config, parts, lambda message: None)
     module = build(parts, config).module
     # In place of DeepSpeed's engine, which runs the module and nothing else here.
-    engine: Any = SimpleNamespace(model=module, average=None, rank=0, device=CPU)
+    engine = Engine(module, None, [], 1.0, rank=0, world=1, zero_stage=0, device=CPU)
     said: list[dict[str, Any]] = []
     Validation(engine, data, parts, config, PROMPT, tmp_path / "drawn", said.append)(1)
     assert module.training

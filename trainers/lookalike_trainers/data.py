@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from math import ceil
 
 import torch
 
@@ -13,7 +14,7 @@ from lookalike_trainers.draws import Draw, bucket_turn, draw
 from lookalike_trainers.objective import NoiseSchedule
 
 EVALUATED = 8
-"""Samples whose loss early stopping follows."""
+"""Samples whose loss early stopping follows; more where there are more subjects."""
 
 
 @dataclass(frozen=True)
@@ -121,17 +122,39 @@ class TrainingData:
     def evaluation(self) -> list[Batch]:
         """The same photos under the same noise, however often it is asked for; a batch a bucket.
 
-        Plain errors: their weights make one mean of them all.
+        Plain errors: their weights make one mean of them all. They are spread evenly over the
+        subjects, with one of each at least, and over the photos of each.
         """
-        photos = [(n, views) for n, bucket in enumerate(self.buckets) for views in bucket.photos]
+        subjects = self._photos_by_subject()
+        count = max(EVALUATED, len(subjects))
+        turns = ceil(count / len(subjects))
         chosen: dict[int, list[Sample]] = {}
-        for place in range(EVALUATED):
-            bucket, views = photos[place % len(photos)]
+        for place in range(count):
+            turn, number = divmod(place, len(subjects))
+            photos = subjects[number]
+            skips = len(photos) > turns
+            bucket, views = photos[turn * len(photos) // turns if skips else turn % len(photos)]
             luck = self._draw(0, place, place, [views], "evaluation")
             sample = (views[0], replace(luck, drop_caption=False))
             chosen.setdefault(bucket, []).append(sample)
         batches = [self._batch(samples) for samples in chosen.values()]
-        return [replace(b, weight=torch.full_like(b.weight, 1 / EVALUATED)) for b in batches]
+        return [replace(b, weight=torch.full_like(b.weight, 1 / count)) for b in batches]
+
+    def _photos_by_subject(self) -> list[list[tuple[int, list[View]]]]:
+        """Of each subject its photos, each with the number of its bucket.
+
+        Where there are several, each has a word of its own, and words that are learned follow the
+        vocabulary: the highest id of a photo's caption says whose it is.
+        """
+        subjects: dict[int, list[tuple[int, list[View]]]] = {}
+        for number, bucket in enumerate(self.buckets):
+            for views in bucket.photos:
+                word = 0
+                if getattr(self.config, "also", ()):
+                    assert isinstance(self.texts, torch.Tensor)
+                    word = int(self.texts[views[0].caption].max())
+                subjects.setdefault(word, []).append((number, views))
+        return list(subjects.values())
 
     def _samples(
         self, photos: list[list[View]], step: int, start: int, places: range, of: str

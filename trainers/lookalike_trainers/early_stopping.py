@@ -23,8 +23,8 @@ uninterrupted one does."""
 
 
 def evaluation_loss(engine: Engine, batches: Sequence[Batch]) -> float:
-    """The loss of the batches under the present weights; the same number in all processes."""
-    with torch.no_grad():
+    """The loss of the batches were training to end now; the same number in all processes."""
+    with engine.as_delivered(), torch.no_grad():
         losses = [
             weighted_mse(batch.answered_by(engine.model), batch.target, batch.weight, batch.mask)
             for batch in batches

@@ -82,6 +82,12 @@ class Engine:
         if self.average:
             self.average.update()
 
+    @contextlib.contextmanager
+    def as_delivered(self) -> Iterator[None]:
+        """Inside, the weights are those that a run ending now would leave: averages, if any."""
+        with self.average.in_place() if self.average else contextlib.nullcontext():
+            yield
+
     def sum(self, values: list[float]) -> list[float]:
         """Each value summed over the processes."""
         if self.world == 1:

@@ -99,8 +99,13 @@ def weighted_mse(
     With a mask [n, 1, h, w] the mean is over what it shows: sum(m e) / sum(m) of each sample
     (Kumari et al. 2023); a sample of which it shows nothing has no error.
     """
-    error = (prediction.float() - target.float()).square()
+    error = (at_least_float32(prediction) - at_least_float32(target)).square()
     if mask is None:
         return (weight * error.flatten(1).mean(1)).sum()
     shown = mask.expand_as(error).flatten(1)
     return (weight * (shown * error.flatten(1)).sum(1) / shown.sum(1).clamp(min=1e-6)).sum()
+
+
+def at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
+    """Squares of bf16 would be too coarse; doubles stay what they are."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

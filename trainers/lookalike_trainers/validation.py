@@ -42,10 +42,7 @@ class Validation:
         if wanted is None or step % wanted.every:
             return
         self.engine.model.eval()  # as the adapter will act
-        if self.engine.average:
-            with self.engine.average.in_place():
-                latents = self._latents(wanted.seed)
-        else:
+        with self.engine.as_delivered():
             latents = self._latents(wanted.seed)
         self.engine.model.train()
         if self.engine.rank == 0:

@@ -4,14 +4,20 @@ import json
 from pathlib import Path
 
 import pytest
+from pydantic import JsonValue
 
 from lookalike_platform.bases import Base, resolve
 from lookalike_platform.errors import InvalidRequest
 from lookalike_platform.settings import Settings
-from lookalike_trainers.evaluation.bench import contender
+from lookalike_trainers.base_parts import BaseParts
+from lookalike_trainers.evaluation import bench
+from lookalike_trainers.evaluation.bench import Workshop, contender
+from lookalike_trainers.evaluation.dreambench import read_subjects
 from lookalike_trainers.rare_tokens import rare_words
+from lookalike_trainers.run_request import RunRequest
 from support_cli import Lookalike, runner
 from support_images import photo
+from support_methods import CPU
 from support_models import save_base
 from support_sampling import LIBRARY_WARNINGS
 
@@ -97,6 +103,44 @@ def test_a_row_calls_its_subject_as_its_method_does(pocket: Base) -> None:
 def test_subject_sets_of_the_database_are_refused(pocket: Base) -> None:
     with pytest.raises(InvalidRequest, match="subject sets"):
         contender("a", "custom_diffusion", {"also": ["set_1"]}, pocket)
+
+
+class Done:
+    """A training that is over at once."""
+
+    def __init__(self, request: RunRequest, folder: Path) -> None:
+        (folder / "result").mkdir(parents=True)
+        (folder / "result" / "result.json").write_text('{"weights": "adapter.safetensors"}')
+        self.said = [{"type": "done", "outcome": "complete"}]
+
+    def messages(self) -> list[dict[str, str]]:
+        return self.said
+
+    def kill(self, grace: float) -> None:
+        pass
+
+
+def test_another_number_of_processes_or_zero_stage_is_another_training_and_cell(
+    pocket: Base, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process brings a batch of its own to each step."""
+    monkeypatch.setattr(bench, "launch", Done)
+    (subject,) = read_subjects(folder / "subjects")
+
+    def workshop(**settings: int) -> Workshop:
+        own = Settings(home=folder / "home", **settings)
+        return Workshop(pocket, BaseParts(pocket.folder, CPU), own, folder / "runs")
+
+    def trained(settings: dict[str, int], options: dict[str, JsonValue]) -> Path:
+        return workshop(**settings).train(contender("a", "lora", options, pocket), subject)
+
+    plain = trained({}, {})
+    for other in ({"num_processes": 2}, {"zero_stage": 2}):
+        assert trained(other, {}) != plain
+        assert workshop(**other).decides() != workshop().decides()
+    # What the row itself asks for goes before the operator's setting.
+    asked: dict[str, JsonValue] = {"num_processes": 2, "zero_stage": 0}
+    assert trained({}, asked) == trained({"num_processes": 4, "zero_stage": 2}, asked)
 
 
 def test_rows_are_named_in_the_file_or_on_the_command_line_but_not_in_both(

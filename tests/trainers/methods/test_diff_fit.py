@@ -91,11 +91,11 @@ def test_loss_and_gradient_are_the_papers_formulas(base: Path) -> None:
     predicted = unet(one.noisy, one.timesteps, one.text.features)[0]
     expected = (one.weight * (predicted - one.target).square().flatten(1).mean(1)).sum()
     expected.backward()
-    torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(loss, expected, rtol=1e-10, atol=0)
     for name, knob in ours.items():
         slope = theirs[name].grad.view_as(knob)
         scale = float(slope.abs().max())
-        torch.testing.assert_close(knob.grad, slope, rtol=1e-6, atol=1e-6 * scale)
+        torch.testing.assert_close(knob.grad, slope, rtol=1e-10, atol=1e-12 * scale)
 
 
 @pytest.mark.parametrize("config", [{}, {"train_text_encoder": True, "token_vectors": 2}])

@@ -106,7 +106,7 @@ def test_loss_and_gradients_are_those_of_the_paper(base: Path) -> None:
     expected = (one.weight * (predicted - one.target).square().flatten(1).mean(1)).sum()
     expected.backward()
 
-    torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(loss, expected, rtol=1e-10, atol=0)
     found = [(method.rows[0].rows.grad, rows.grad)]
     for model, leaves in (
         (method.module.unet, unet_leaves),
@@ -116,7 +116,7 @@ def test_loss_and_gradients_are_those_of_the_paper(base: Path) -> None:
     for slope, wanted in found:
         assert wanted is not None
         scale = float(wanted.abs().max())
-        torch.testing.assert_close(slope, wanted, rtol=1e-6, atol=1e-6 * scale)
+        torch.testing.assert_close(slope, wanted, rtol=1e-10, atol=1e-12 * scale)
 
 
 def test_the_word_begins_as_noise_and_the_class_noun_in_every_layer(base: Path) -> None:

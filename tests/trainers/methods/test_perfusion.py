@@ -92,16 +92,16 @@ def test_loss_and_gradient_are_the_papers_formulas(base: Path) -> None:
     expected = (one.weight * (predicted - one.target).square().flatten(1).mean(1)).sum()
     expected.backward()
 
-    torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(loss, expected, rtol=1e-10, atol=0)
     slopes = {name: o.grad for name, o in own.items() if o.requires_grad}
     assert len(slopes) == len(own) / 2 > 0
     for name, slope in slopes.items():
         scale = float(slope.abs().max())
-        torch.testing.assert_close(answers[name].grad, slope, rtol=1e-6, atol=1e-6 * scale)
+        torch.testing.assert_close(answers[name].grad, slope, rtol=1e-7, atol=1e-7 * scale)
     slope = table.grad[-1]
     assert float(slope.abs().max()) > 0
     found = method.rows[0].rows.grad[0]
-    torch.testing.assert_close(found, slope, rtol=1e-6, atol=1e-6 * float(slope.abs().max()))
+    torch.testing.assert_close(found, slope, rtol=1e-7, atol=1e-7 * float(slope.abs().max()))
 
 
 def test_it_starts_from_the_superclass(base: Path) -> None:

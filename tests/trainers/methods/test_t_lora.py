@@ -80,14 +80,14 @@ def test_loss_and_gradients_are_those_of_the_paper(base: Path, min_rank: int | N
         losses.append(one.weight[row] * (predicted - one.target[row]).square().mean())
     expected = torch.stack(losses).sum()
     expected.backward()
-    torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(loss, expected, rtol=1e-10, atol=0)
     for name, layer in method.layers.items():
         for kind in ("down", "values", "up"):
             slope = leaves[name][kind].grad
             assert slope is not None
             scale = float(slope.abs().max())
             found = getattr(layer, kind).grad
-            torch.testing.assert_close(found, slope, rtol=1e-6, atol=1e-6 * scale)
+            torch.testing.assert_close(found, slope, rtol=1e-10, atol=1e-12 * scale)
 
 
 def test_training_begins_at_the_base(base: Path) -> None:

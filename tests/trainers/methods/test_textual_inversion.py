@@ -115,7 +115,7 @@ def test_loss_and_gradients_are_those_of_the_paper(base: Path, count: int, keep_
     loss = method.loss(one.answered_by(method.module), one)
     loss.backward()
     expected, slope = naive(base, one, count, keep_norm)
-    assert float(loss.detach()) == pytest.approx(expected, rel=1e-6)
+    assert float(loss.detach()) == pytest.approx(expected, rel=1e-10)
     torch.testing.assert_close(method.rows[0].rows.grad, slope, rtol=1e-6, atol=1e-7 * slope.max())
 
 

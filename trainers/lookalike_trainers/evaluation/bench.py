@@ -83,8 +83,16 @@ class Workshop:
         return open_judges(self.parts, self.settings.clip_encoder, self.settings.dino_encoder)
 
     def decides(self) -> dict[str, JsonValue]:
-        """What of this workshop decides a cell."""
-        return {"base": self.base.fingerprint, "style": asdict(self.style)}
+        """What of this workshop decides a cell.
+
+        The number of processes does, since each brings a batch of its own to a step.
+        """
+        return {
+            "base": self.base.fingerprint,
+            "style": asdict(self.style),
+            "num_processes": self.settings.num_processes,
+            "zero_stage": self.settings.zero_stage,
+        }
 
     def train(self, contender: Contender, subject: Subject, also: Sequence[Subject] = ()) -> Path:
         """The adapter's file.
@@ -100,6 +108,7 @@ class Workshop:
             contender.config,
             subject.digest,
             self.base.fingerprint,
+            self._processes(_config(contender)),
             *(other.digest for other in also),
         ]
         key = canonical_digest(decides)
@@ -180,9 +189,16 @@ class Workshop:
             clip_encoder=settings.clip_encoder,
             dino_encoder=settings.dino_encoder,
             device=settings.device,
-            num_processes=config.num_processes or settings.num_processes,
-            zero_stage=settings.zero_stage if config.zero_stage is None else config.zero_stage,
+            **self._processes(config),
         )
+
+    def _processes(self, config: TrainingConfig) -> dict[str, Any]:
+        """Over how many processes a run goes, and how: its own choice, or the operator's."""
+        own, settings = config, self.settings
+        return {
+            "num_processes": own.num_processes or settings.num_processes,
+            "zero_stage": settings.zero_stage if own.zero_stage is None else own.zero_stage,
+        }
 
 
 def open_workshop(base: Base, settings: Settings, runs: Path, on_message: OnMessage) -> Workshop:

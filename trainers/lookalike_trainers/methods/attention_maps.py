@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from lookalike_trainers.objective import at_least_float32
+
 
 class AttentionMaps:
     """The attention probabilities of the last forward of a UNet, as training's graph has them.
@@ -27,7 +29,9 @@ class AttentionMaps:
         sizes: dict[int, list[torch.Tensor]] = {}
         for probabilities in taken:
             sizes.setdefault(probabilities.shape[-2], []).append(probabilities)
-        return {places: torch.cat(of, dim=1).mean(1).float() for places, of in sizes.items()}
+        return {
+            places: at_least_float32(torch.cat(of, dim=1).mean(1)) for places, of in sizes.items()
+        }
 
     def _forget(self, *_: Any) -> None:
         self.maps = []
@@ -69,13 +73,11 @@ def attention_outside(
     Args:
         maps: as `AttentionMaps.take` gives them.
         ids: [n, tokens], the prompts'.
-        mask: [n, 1, h, w] in 0..1, h * w a power of 4 times each number of places.
+        mask: [n, 1, h, w] in 0..1.
     """
     total = mask.new_zeros(())
     for places, probabilities in maps.items():
-        factor = round((mask[0].numel() / places) ** 0.5)
-        small = nn.functional.max_pool2d(mask, factor)  # a place is hidden when all of it is
-        outside = 1 - small.flatten(1)
+        outside = 1 - _shown(mask, places).flatten(1)
         for token in tokens:
             at = ids == token
             counted = at.any(1) & (outside.sum(1) > 0)
@@ -86,3 +88,16 @@ def attention_outside(
             hidden = outside[counted]
             total = total + ((seen * hidden).sum(1) / hidden.sum(1)).mean()
     return total
+
+
+def _shown(mask: torch.Tensor, places: int) -> torch.Tensor:
+    """The mask where the UNet has so many places; one is hidden when all of it is.
+
+    Each level halves both sides and rounds up. Raises ValueError for a number that no level has.
+    """
+    small = mask
+    while small[0].numel() > places:
+        small = nn.functional.max_pool2d(small, 2, ceil_mode=True)
+    if small[0].numel() != places:
+        raise ValueError(f"no level of a UNet has {places} places of {tuple(mask.shape[2:])}")
+    return small
