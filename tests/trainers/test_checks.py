@@ -91,6 +91,24 @@ def test_a_word_is_read_if_all_of_its_tokens_are(folder: Path) -> None:
             prepared(folder, config, f"{most}x a dog, asleep on a sofa")
 
 
+@pytest.mark.parametrize(
+    ("config", "caption"),
+    [
+        (LoraConfig(resolution=RESOLUTION, token_vectors=2), "<sks> on grass"),
+        (LoraConfig(resolution=RESOLUTION, token_vectors=1, prompt="two {trigger}s"), None),
+    ],
+)
+def test_a_learned_word_is_to_stand_by_itself(
+    folder: Path, config: TrainingConfig, caption: str | None
+) -> None:
+    with pytest.raises(InvalidRequest, match=r"rex-0\.jpg .* 'sks' is no word of its own"):
+        prepared(folder, config, caption)
+
+
+def test_a_word_that_is_not_learned_may_be_spelled_as_one_likes(folder: Path) -> None:
+    prepared(folder, DreamBoothConfig(resolution=RESOLUTION, prompt="two {trigger}s"), None)
+
+
 def test_what_views_add_to_a_caption_counts(folder: Path) -> None:
     config = CustomDiffusionConfig(resolution=RESOLUTION)
     caption = "x" * (TOKENS - 4) + " dog"

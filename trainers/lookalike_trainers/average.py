@@ -59,9 +59,11 @@ class Average:
         """Inside, the module's weights are the averages."""
         kept = {name: _read(parameter) for name, parameter in self._trainables.items()}
         self.take_over()
-        yield
-        for name, parameter in self._trainables.items():
-            _write(parameter, kept[name])
+        try:
+            yield
+        finally:
+            for name, parameter in self._trainables.items():
+                _write(parameter, kept[name])
 
 
 def _is_shared(parameter: nn.Parameter) -> bool:

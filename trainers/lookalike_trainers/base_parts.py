@@ -98,16 +98,23 @@ class BaseParts:
         spelled = [spell(prompt, self.learned) for prompt in prompts]
         return torch.stack([tokenize(tokenizer, spelled) for tokenizer in self.tokenizers], dim=1)
 
+    def says(self, prompt: str, word: str) -> bool:
+        """Whether a prompt has a word as one of its own."""
+        return self._said(prompt, word) is not None
+
     def reads(self, prompt: str, word: str) -> bool:
         """Whether the encoders read the whole of a word in a prompt: they stop at a length."""
-        last = self.learned.get(word, [word])[-1]
-        spelled = spell(prompt, self.learned)
-        said = re.search(rf"(?<!\w){re.escape(last)}(?!\w)", spelled, re.IGNORECASE)
-        return said is not None and all(
+        said, spelled = self._said(prompt, word), spell(prompt, self.learned)
+        return said is None or all(
             len(tokenizer(spelled[: said.end()], verbose=False).input_ids)
             <= tokenizer.model_max_length
             for tokenizer in self.tokenizers
         )
+
+    def _said(self, prompt: str, word: str) -> re.Match[str] | None:
+        """The word's last token, in the prompt as it is spelled."""
+        last = self.learned.get(word, [word])[-1]
+        return re.search(rf"(?<!\w){re.escape(last)}(?!\w)", spell(prompt, self.learned), re.I)
 
     def encode(self, prompts: Sequence[str], resolution: int) -> Text:
         """Prompts as the base's own text encoders read them."""

@@ -17,13 +17,16 @@ _NAMED = 5
 
 
 def check_words(request: RunRequest, config: TrainingConfig, parts: BaseParts) -> None:
-    """Raises InvalidRequest where a subject's word stands behind what the text encoders read.
+    """Raises InvalidRequest where a learned word is not in a caption as one, and where a subject's
+    word stands behind what the text encoders read.
 
     Steps would go by, and the word be in none of them.
     """
     length = min(tokenizer.model_max_length for tokenizer in parts.tokenizers)
     for subject in subjects_of(request, config):
         word = subject.config.trigger
+        if config.token_vectors:
+            _check_said(subject, parts)
         unread = [
             image
             for image in subject.images
@@ -63,6 +66,17 @@ def check_masks(
     if bare:
         text = f"{len(bare)} of {len(images)} photos have no mask and are learned whole: "
         say({"type": "message", "level": "warning", "text": text + _names(bare)})
+
+
+def _check_said(subject: Subject, parts: BaseParts) -> None:
+    word = subject.config.trigger
+    for image in subject.images:
+        for caption in _captions(image, subject):
+            if not parts.says(caption, word):
+                raise InvalidRequest(
+                    f"{image.called} would be learned as {caption!r}, where {word!r} is no word of "
+                    "its own: write it in caption or `prompt` with no brackets or letters around."
+                )
 
 
 def _captions(image: RunImage, subject: Subject) -> set[str]:

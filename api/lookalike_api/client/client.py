@@ -242,7 +242,7 @@ class Client:
         wanted = {"format": form} | ({"rank": rank} if rank else {})
         target = Path(folder)
         with tempfile.TemporaryFile() as file:
-            headers = self._api.fetch(at, file, params=wanted, timeout=1800.0)
+            headers = self._api.fetch(at, file, params=wanted, timeout=1860.0)
             with zipfile.ZipFile(file) as archive:
                 saved = [Path(archive.extract(name, target)) for name in archive.namelist()]
         return saved, float(headers["Lookalike-Left-Out"])
@@ -265,7 +265,7 @@ class Client:
                 ("files", (Path(file).name, opened.enter_context(Path(file).open("rb"))))
                 for file in files
             ]
-            return self._api.json("POST", "/v1/imports", data=fields, files=parts, timeout=300.0)
+            return self._api.json("POST", "/v1/imports", data=fields, files=parts, timeout=1860.0)
 
     # Pictures
 

@@ -8,6 +8,7 @@ be done, and its lease by whom, so that a lost call, or one too many, changes no
 reach the address can do no more than wake the worker: let it listen inside the installation only.
 """
 
+import errno
 import http.client
 import logging
 import threading
@@ -71,9 +72,12 @@ def listen(url: str, serve: Callable[[], None], metrics: Callable[[], str]) -> T
     try:
         server = ThreadingHTTPServer((where.hostname or "127.0.0.1", where.port or 80), Handler)
     except OSError as error:
-        raise Conflict(
-            f"Cannot listen at {url} ({error.strerror}). One sampling worker can listen there: "
-            "start others without LOOKALIKE_SAMPLER_URL, or with an address of their own."
-        ) from error
+        remedy = "LOOKALIKE_SAMPLER_URL names an address of this machine"
+        if error.errno == errno.EADDRINUSE:
+            remedy = (
+                "of several sampling workers one can listen there: start the others without "
+                "LOOKALIKE_SAMPLER_URL, or with addresses of their own"
+            )
+        raise Conflict(f"Cannot listen at {url} ({error.strerror}); {remedy}.") from error
     threading.Thread(target=server.serve_forever, name="direct", daemon=True).start()
     return server

@@ -50,6 +50,7 @@ class Adapters:
         self._checker = ThreadPoolExecutor(1, thread_name_prefix="checker")
         self._preparer = ThreadPoolExecutor(1, thread_name_prefix="preparer")
         self._prepared: set[Key] = set()
+        self._preparing: set[Future[None]] = set()
         self.host: Cache[Key, Wanted, RowAdapter] = Cache(
             "host's adapter cache", host_bytes, _bytes, _load, loaders
         )
@@ -84,10 +85,17 @@ class Adapters:
             return [checked]
         # The base itself is not held: it may have to go before this is done.
         prepared = self._preparer.submit(prepare, base.folder, base.cache, file.path)
+        self._preparing.add(prepared)
         prepared.add_done_callback(lambda done: self._note(key, done))
         return [checked, prepared]
 
+    @property
+    def preparing(self) -> bool:
+        """Whether something is computed of a base that may take very long."""
+        return bool(self._preparing)
+
     def _note(self, key: Key, prepared: Future[None]) -> None:
+        self._preparing.discard(prepared)
         if not prepared.cancelled() and prepared.exception() is None:
             self._prepared.add(key)
 

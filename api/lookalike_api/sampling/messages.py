@@ -9,7 +9,7 @@
                         {"number", "type": "error", "problem"}  a problem the user can act on
                         {"number", "type": "crash", "detail"}   a defect; the process lives on
                         {"number", "type": "metrics", "figures"}
-                        {"type": "alive"}                       it waits, for orders or for files
+                        {"type": "alive"}                       it waits for what takes very long
 
 Orders are numbered from 1 and carried out together; what is said is of the order of that number.
 "metrics" are figures of the process as a whole, by their names in `metrics.py`, and come as orders

@@ -56,8 +56,8 @@ def main() -> None:
             else:
                 engine.cancel(message["number"])
         busy = engine.turn()
-        if not busy:
-            speak({"type": "alive"})  # what loads or is computed beside may take long
+        if not busy and adapters.preparing:
+            speak({"type": "alive"})
 
 
 def _taken(inbox: Inbox, wait: bool) -> list[dict[str, Any]]:

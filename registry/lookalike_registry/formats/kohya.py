@@ -131,6 +131,8 @@ def spellings(base_folder: Path) -> dict[str, str]:
     shapes = base_shapes(base_folder)
     layers = [name for name, shape in shapes.items() if len(shape) in (2, 4)]
     known = {_spelled(name, two): name for name in layers}
+    if "text_encoder_2.text_projection" in layers:  # as our own exports had it once
+        known["lora_te2_text_model_text_projection"] = "text_encoder_2.text_projection"
     config = json.loads((base_folder / "unet" / "config.json").read_text())
     for name in layers:
         part, _, module = name.partition(".")

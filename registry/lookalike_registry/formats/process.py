@@ -92,8 +92,9 @@ def _run(**order: Any) -> Mapping[str, Any]:
         )
     except subprocess.TimeoutExpired as error:
         raise CapabilityMissing(
-            f"The {order['do']} was not done in {_SECONDS / 60:.0f} minutes on the API's machine. "
-            "Of a large base export the whole model: it needs no SVD."
+            f"The {order['do']} was not done in {_SECONDS / 60:.0f} minutes on the API's machine, "
+            "and was given up. Dense changes are made into a LoRA by SVD: `model` needs none but "
+            "for SVDiff, whose factors of the base are kept, so that another try gets further."
         ) from error
     if done.returncode not in (0, PROBLEM):
         last = done.stderr.strip().rpartition("\n")[2]

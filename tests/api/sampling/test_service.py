@@ -197,10 +197,13 @@ def test_the_process_dies_with_the_one_that_started_it(tmp_path: Path) -> None:
 PROCESS = [sys.executable, "-c"]
 
 
-def test_a_process_that_waits_says_that_it_lives() -> None:
-    """For what loads or is computed beside takes longer than silence is borne."""
+def test_a_process_that_waits_for_long_work_says_that_it_lives() -> None:
+    """What is computed beside may take longer than silence is borne."""
     program = (
-        "from lookalike_api.sampling import process\nprocess.BEAT_SECONDS = 0.01\nprocess.run()\n"
+        "from lookalike_api.sampling import loading, process\n"
+        "loading.Adapters.preparing = True\n"
+        "process.BEAT_SECONDS = 0.01\n"
+        "process.run()\n"
     )
     waiting = spawn_group([*PROCESS, program], stdin=PIPE, stdout=PIPE)
     assert waiting.stdin is not None

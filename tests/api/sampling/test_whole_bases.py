@@ -121,9 +121,11 @@ def test_a_file_is_looked_through_while_others_are_painted(
     (end,) = engine.until(goes)
     assert end["type"] == "done"
     assert {told["number"] for told in engine.told} == {goes}
+    assert engine.engine.adapters.preparing
     opened.set()
     (end,) = engine.until(waits)
     assert end["type"] == "done"
+    assert not engine.engine.adapters.preparing
 
 
 def changes_of(engine: Orders) -> list[tuple[str, ...]]:
@@ -256,6 +258,8 @@ def test_others_do_not_wait_for_what_is_computed_of_a_base_for_one(
     (end,) = engine.until(goes)
     assert end["type"] == "done"
     assert {told["number"] for told in engine.told} == {goes}
+    assert engine.engine.adapters.preparing
     opened.set()
     (end,) = engine.until(waits)
     assert end["type"] == "done"
+    assert not engine.engine.adapters.preparing

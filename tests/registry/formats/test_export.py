@@ -390,10 +390,16 @@ def test_each_word_of_several_subjects_is_a_file_of_its_own(base: Path, tmp_path
             assert torch.equal(found, expected)
 
 
+@pytest.mark.parametrize("base", ["sdxl"], indirect=True)
+def test_the_projection_is_known_by_the_name_that_our_exports_once_gave_it(base: Path) -> None:
+    names = ("lora_te2_text_projection", "lora_te2_text_model_text_projection")
+    assert {spellings(base)[name] for name in names} == {"text_encoder_2.text_projection"}
+
+
 def test_an_export_that_takes_too_long_is_told_with_what_to_do(
     sd1: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = saved(sd1, tmp_path / "own", "lora", rank=2)
     monkeypatch.setattr(process, "_SECONDS", 0.01)
-    with pytest.raises(CapabilityMissing, match="export the whole model"):
+    with pytest.raises(CapabilityMissing, match=r"given up.* by SVD"):
         process.export_apart(file, sd1, "lora", "sd1", tmp_path, None, tmp_path / "cache")
