@@ -121,11 +121,9 @@ def test_a_file_is_looked_through_while_others_are_painted(
     (end,) = engine.until(goes)
     assert end["type"] == "done"
     assert {told["number"] for told in engine.told} == {goes}
-    assert engine.engine.adapters.preparing
     opened.set()
     (end,) = engine.until(waits)
     assert end["type"] == "done"
-    assert not engine.engine.adapters.preparing
 
 
 def changes_of(engine: Orders) -> list[tuple[str, ...]]:
