@@ -19,6 +19,7 @@ from lookalike_api.sampling.service import SamplerDied, SamplerService
 from lookalike_platform.errors import InvalidRequest, LookalikeError
 from lookalike_platform.process import spawn_group
 from lookalike_platform.samplers import SAMPLERS
+from support_models import TOKENS
 from support_sampling import reference, save_adapter
 
 pytestmark = pytest.mark.processes
@@ -103,7 +104,7 @@ def test_a_prompt_longer_than_the_encoder_reads_is_cut_off_with_a_warning(
     painted = sampler.sample(replace(order, prompt="dog " * 40), ignore, never)
     assert painted is not None
     [warning] = painted.warnings
-    assert "cut off after 16" in warning
+    assert f"cut off after {TOKENS}" in warning
 
 
 def test_a_cancel_is_obeyed_between_two_steps_and_the_process_goes_on(
