@@ -106,7 +106,8 @@ def test_a_learned_word_is_to_stand_by_itself(
 
 
 def test_a_word_that_is_not_learned_may_be_spelled_as_one_likes(folder: Path) -> None:
-    prepared(folder, DreamBoothConfig(resolution=RESOLUTION, prompt="two {trigger}s"), None)
+    said = prepared(folder, DreamBoothConfig(resolution=RESOLUTION, prompt="two {trigger}s"), None)
+    assert {"type": "stage", "stage": "caching"} in said
 
 
 def test_what_views_add_to_a_caption_counts(folder: Path) -> None:

@@ -14,6 +14,8 @@ from pathlib import Path
 import torch
 
 from lookalike_platform.errors import FieldProblem, InvalidRequest
+from lookalike_registry.base_weights import stored_weights
+from lookalike_registry.tensor_file import parameter_shapes
 
 NAME = "custom_diffusion"
 WEIGHTS_NAME = "pytorch_custom_diffusion_weights.safetensors"
@@ -24,14 +26,14 @@ EMPTY = ".processor"
 
 def to_processors(deltas: Mapping[str, torch.Tensor], base_folder: Path) -> dict[str, torch.Tensor]:
     """The base's weights plus `delta.unet.….attn2.to_k.weight` and to_v, by processor."""
-    base = unet_weights(base_folder)
+    base = _projections(base_folder)
     tensors = {}
     for key, delta in deltas.items():
         match = DELTA.fullmatch(key)
         assert match is not None, key  # the method saves no other
         own = base[f"{match['attention']}.{match['side']}.weight"]
         name = f"{match['attention']}.processor.{match['side']}_custom_diffusion.weight"
-        tensors[name] = own.float() + delta.float()
+        tensors[name] = own + delta.float()
     attentions = {
         key.removesuffix(".to_k.weight") for key in base if key.endswith("attn1.to_k.weight")
     }
@@ -49,7 +51,7 @@ def from_processors(
 
     Raises InvalidRequest for keys that are none of this format or no layer of the base, by name.
     """
-    base = unet_weights(base_folder)
+    base = _projections(base_folder)
     deltas, problems = {}, []
     for key, tensor in tensors.items():
         match = KEY.fullmatch(key)
@@ -66,19 +68,17 @@ def from_processors(
         elif own is None or own.shape != tensor.shape:
             problems.append(FieldProblem(key, "is no layer of the base model, or of another shape"))
         else:
-            deltas[f"delta.unet.{name}"] = tensor.float() - own.float()
+            deltas[f"delta.unet.{name}"] = tensor.float() - own
     if problems:
         raise InvalidRequest(f"{filename} holds tensors that cannot be used.", problems)
     return deltas
 
 
-def unet_weights(base_folder: Path) -> dict[str, torch.Tensor]:
-    """The base's attention weights, by name."""
-    from safetensors import safe_open
-
-    weights: dict[str, torch.Tensor] = {}
-    for file in sorted((base_folder / "unet").glob("*.safetensors")):
-        with safe_open(file, "pt") as opened:
-            keys = [key for key in opened.keys() if key.endswith((".to_k.weight", ".to_v.weight"))]  # noqa: SIM118
-            weights |= {key: opened.get_tensor(key) for key in keys}
-    return weights
+def _projections(base_folder: Path) -> dict[str, torch.Tensor]:
+    """What the base's attention makes keys and values with, by name in the UNet."""
+    sides = (".to_k.weight", ".to_v.weight")
+    names = {
+        n for n in parameter_shapes(base_folder) if n.startswith("unet.") and n.endswith(sides)
+    }
+    stored = stored_weights(base_folder, names)
+    return {name.removeprefix("unet."): weight for name, weight in stored}
