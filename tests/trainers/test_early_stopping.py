@@ -98,25 +98,18 @@ def test_fewer_photos_than_samples_come_in_turn_and_of_more_they_are_spread() ->
 def test_every_subject_has_its_share_whatever_shapes_its_photos_have(
     photos: list[int], expected: dict[int, int], buckets: int
 ) -> None:
-    """A subject's caption has its word, the rest is alike; some photo has words of its own."""
-    texts = torch.tensor(
-        [[[0, 9, 9, 9]], *([[0, 5, 100 + n, 9]] for n in range(12)), [[0, 100, 6, 9]]]
-    )
     shapes: list[list[list[View]]] = [[] for _ in range(buckets)]
     for subject, count in enumerate(photos):
         for number in range(count):
-            caption = 13 if subject == 0 and number == 1 else 1 + subject
             wide = 2 * (number % buckets)
-            shapes[number % buckets].append(photo(subject, caption, 8, 8 + wide))
-    sets = tuple(f"set_{number}" for number in photos[1:])
-    joint = CustomDiffusionConfig(also=sets, initializer="dog")
-    whole = replace(data(*filter(None, shapes)), texts=texts, config=joint)
-    batches = whole.evaluation()
+            (view,) = photo(subject, width=8 + wide)
+            shapes[number % buckets].append([replace(view, subject=subject)])
+    batches = data(*filter(None, shapes)).evaluation()
     assert Counter(seen(batches)) == expected
     assert sum(float(batch.weight.sum()) for batch in batches) == pytest.approx(1)
 
 
-def test_photos_of_subjects_are_told_apart_by_the_words_that_are_learned(tmp_path: Path) -> None:
+def test_each_subject_of_a_request_is_watched_alike(tmp_path: Path) -> None:
     """From the request on: nine photos of each, of which three are wide."""
     save_base(tmp_path / "base")
     subjects = []

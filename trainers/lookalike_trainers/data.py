@@ -50,12 +50,14 @@ class View:
 
     time_ids: what SDXL is told of its size (features/views.py).
     class_caption: of the caption with the class noun for the subject, where that is needed.
+    subject: whose photo it is, by the order in which the run names its subjects.
     """
 
     moments: Moments
     caption: int
     time_ids: tuple[int, ...]
     class_caption: int = 0
+    subject: int = 0
 
 
 Sample = tuple[View, Draw]
@@ -141,20 +143,12 @@ class TrainingData:
         return [replace(b, weight=torch.full_like(b.weight, 1 / count)) for b in batches]
 
     def _photos_by_subject(self) -> list[list[tuple[int, list[View]]]]:
-        """Of each subject its photos, each with the number of its bucket.
-
-        Where there are several, each has a word of its own, and words that are learned follow the
-        vocabulary: the highest id of a photo's caption says whose it is.
-        """
+        """Of each subject its photos, each with the number of its bucket."""
         subjects: dict[int, list[tuple[int, list[View]]]] = {}
         for number, bucket in enumerate(self.buckets):
             for views in bucket.photos:
-                word = 0
-                if getattr(self.config, "also", ()):
-                    assert isinstance(self.texts, torch.Tensor)
-                    word = int(self.texts[views[0].caption].max())
-                subjects.setdefault(word, []).append((number, views))
-        return list(subjects.values())
+                subjects.setdefault(views[0].subject, []).append((number, views))
+        return [subjects[number] for number in sorted(subjects)]
 
     def _samples(
         self, photos: list[list[View]], step: int, start: int, places: range, of: str

@@ -103,6 +103,7 @@ class _Words:
             caption=self.prompts.index(shown.caption),
             time_ids=shown.cut.time_ids(*shown.photo.size),
             class_caption=self.of_class.index(plain) if plain in self.of_class else 0,
+            subject=shown.subject,
         )
 
 

@@ -32,11 +32,12 @@ LONGEST = 1.6
 
 
 class Shown(NamedTuple):
-    """One view of a photo or a class image, and what it is called."""
+    """One view of a photo or a class image, what it is called, and the number of its subject."""
 
     photo: Photo
     cut: Cut
     caption: str
+    subject: int = 0
 
 
 def views_by_shape(
@@ -51,13 +52,13 @@ def views_by_shape(
     square = (config.resolution, config.resolution)
     shapes = bucket_shapes(config.resolution, multiple) if config.aspect_buckets else [square]
     buckets: dict[Shape, list[list[Shown]]] = {}
-    for subject in subjects_of(request, config):
+    for number, subject in enumerate(subjects_of(request, config)):
         for image in subject.images:
             photo = Photo(image.path, image.sha256)
             shape = _nearest(photo, shapes) if config.aspect_buckets else square
             captions = instance_captions(image.caption, subject.config, subject.class_noun)
             views = [v for c in captions for v in photo_views(photo, c, shape, config)]
-            buckets.setdefault(shape, []).append(views)
+            buckets.setdefault(shape, []).append([v._replace(subject=number) for v in views])
     return dict(sorted(buckets.items()))
 
 
