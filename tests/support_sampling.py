@@ -20,6 +20,7 @@ from lookalike_registry.adapter_file import LoraCard, LoraShape, save_lora
 LIBRARY_WARNINGS = [
     # diffusers' multistep samplers pass tensors through numpy in the old way.
     pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:__array_wrap__ must accept context:DeprecationWarning"),
     # PEFT takes a second adapter in one model for an oversight; here it is what is asked for.
     pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute:UserWarning"),
     # It picks another active adapter when one is deleted; which are active is set before each use.

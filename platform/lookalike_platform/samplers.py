@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import Any
 
 from lookalike_platform.errors import FieldProblem, InvalidRequest
+from lookalike_platform.steps import RUNGE_KUTTA_STEPS, most_steps, runge_kutta
 
 Scheduler = tuple[str | None, dict[str, Any]]
 """Class and options; no class is the base's own."""
@@ -63,10 +64,33 @@ def check_sampler(
         raise InvalidRequest(message, [FieldProblem(path, message)])
 
 
-def class_of(name: str, base_scheduler_config: dict[str, Any]) -> str:
-    """The scheduler's class that a sampler of this base is of."""
-    class_name, _ = _samplers(base_scheduler_config)[name]
-    return class_name or str(base_scheduler_config["_class_name"])
+def scheduler_of(name: str, base_scheduler_config: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The class and the configuration of a sampler of this base."""
+    class_name, options = _samplers(base_scheduler_config)[name]
+    whole = {**base_scheduler_config, **options}
+    return class_name or str(base_scheduler_config["_class_name"]), whole
+
+
+def check_steps(
+    name: str, base_scheduler_config: dict[str, Any], steps: int, *, from_noise: bool = True
+) -> None:
+    """Raise InvalidRequest unless a sampler that can sample this base can walk it in so many steps,
+    or from the picture it is to start from."""
+    class_name, config = scheduler_of(name, base_scheduler_config)
+    most = most_steps(class_name, config)
+    least = RUNGE_KUTTA_STEPS + 1 if runge_kutta(class_name, config) else 1
+    problems = []
+    if not least <= steps <= most:
+        message = f"{name} walks this base in {least} to {most} steps, and not in {steps}"
+        problems.append(FieldProblem("steps", message))
+    if least > 1 and not from_noise:
+        message = (
+            f"{name}, of this base PNDM with a Runge-Kutta start, begins with noise and not with a "
+            "picture: choose another, as pndm"
+        )
+        problems.append(FieldProblem("sampler", message))
+    if problems:
+        raise InvalidRequest("The sampler cannot walk so.", problems)
 
 
 def make_sampler(name: str, base_scheduler_config: dict[str, Any]) -> Any:
@@ -75,7 +99,7 @@ def make_sampler(name: str, base_scheduler_config: dict[str, Any]) -> Any:
     Raises InvalidRequest for an unknown name, or one that cannot sample this base.
     """
     check_sampler(name, base_scheduler_config=base_scheduler_config)
-    class_name = class_of(name, base_scheduler_config)
+    class_name, _ = scheduler_of(name, base_scheduler_config)
     _, options = _samplers(base_scheduler_config)[name]
     if _flows(base_scheduler_config) and not class_name.startswith("FlowMatch"):
         options = options | {

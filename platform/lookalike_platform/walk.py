@@ -63,7 +63,7 @@ class Walk:
         sampler.set_timesteps(steps, device=noise.device)
         taken = inspect.signature(sampler.step).parameters
         self._options: dict[str, Any] = {"generator": generators} if "generator" in taken else {}
-        if eta:
+        if "eta" in taken:  # also 0: some have another one of their own
             self._options["eta"] = eta
 
         skipped = 0 if start is None else steps - steps_made(steps, start.strength)
@@ -133,7 +133,10 @@ class Walk:
         if not hasattr(self._sampler, "sigmas"):
             share = float(self._sampler.alphas_cumprod[int(self._timesteps[self.count])])
             return Level(share**0.5, (1 - share) ** 0.5, kind)
-        sigma = float(self._sampler.sigmas[self._skipped + self.count])
+        sigmas = self._sampler.sigmas
+        if hasattr(self._sampler, "sigmas_interpol") and not self._sampler.state_in_first_order:
+            sigmas = self._sampler.sigmas_interpol
+        sigma = float(sigmas[self._skipped + self.count])
         if kind == "flow_prediction":
             return Level(1 - sigma, sigma, kind)
         alpha = (1 + sigma**2) ** -0.5
@@ -155,7 +158,7 @@ def _visits(sampler: Any, skipped: int) -> torch.Tensor:
     PNDM makes its first step twice, wherever it begins: its own list says so of the whole way only.
     """
     timesteps: torch.Tensor = sampler.timesteps
-    if type(sampler).__name__ != "PNDMScheduler":
+    if type(sampler).__name__ != "PNDMScheduler" or not sampler.config.skip_prk_steps:
         return timesteps[skipped * getattr(sampler, "order", 1) :]
     rest = timesteps.unique().flip(0)[skipped:]
     return torch.cat([rest[:1], rest[1:2], rest[1:]])

@@ -6,6 +6,7 @@ from lookalike_platform.samplers import (
     NEEDS_SIGNAL,
     SAMPLERS,
     check_sampler,
+    check_steps,
     make_sampler,
 )
 from support_sampling import LIBRARY_WARNINGS
@@ -65,3 +66,38 @@ def test_an_unknown_sampler_is_refused_naming_those_there_are() -> None:
     with pytest.raises(InvalidRequest, match=r"ddim, ddpm, dpmsolver\+\+1, .*, unipc") as caught:
         check_sampler("magic", "config.prior.sampler")
     assert caught.value.fields[0].path == "config.prior.sampler"
+
+
+@pytest.mark.parametrize(
+    ("own", "steps", "range_"),
+    [
+        ({"_class_name": "DDIMScheduler", "num_train_timesteps": 100}, 101, "1 to 100"),
+        ({"_class_name": "LCMScheduler", "original_inference_steps": 20}, 21, "1 to 20"),
+        ({"_class_name": "TCDScheduler"}, 51, "1 to 50"),
+        ({"_class_name": "PNDMScheduler"}, 3, "4 to 1000"),
+    ],
+)
+def test_more_or_fewer_steps_than_a_scheduler_can_make_are_refused(
+    own: dict[str, object], steps: int, range_: str
+) -> None:
+    """As diffusers refuses them, only later and without saying what to do."""
+    with pytest.raises(InvalidRequest) as caught:
+        check_steps("base", BASE | own, steps)
+    (problem,) = caught.value.fields
+    assert problem.path == "steps"
+    assert range_ in problem.message
+    with pytest.raises(ValueError, match=r"num_inference_steps|operands"):
+        make_sampler("base", BASE | own).set_timesteps(steps)
+    nearest = steps - 1 if steps > 3 else steps + 1
+    check_steps("base", BASE | own, nearest)
+    make_sampler("base", BASE | own).set_timesteps(nearest)
+
+
+def test_pndm_with_its_runge_kutta_start_is_not_begun_late() -> None:
+    own = BASE | {"_class_name": "PNDMScheduler"}
+    with pytest.raises(InvalidRequest) as caught:
+        check_steps("base", own, 25, from_noise=False)
+    assert [problem.path for problem in caught.value.fields] == ["sampler"]
+    check_steps("base", own, 25)
+    check_steps("pndm", own, 25, from_noise=False)
+    check_steps("base", own | {"skip_prk_steps": True}, 25, from_noise=False)

@@ -10,7 +10,7 @@ from diffusers import StableDiffusionPipeline
 from lookalike_platform.conditioning import Text
 from lookalike_platform.diffusion import noise, walk_on
 from lookalike_platform.guidance import Guidance
-from lookalike_platform.samplers import FLOW_SAMPLERS, SAMPLERS, class_of, make_sampler
+from lookalike_platform.samplers import FLOW_SAMPLERS, SAMPLERS, make_sampler, scheduler_of
 from lookalike_platform.steps import answers_of, steps_made
 from lookalike_platform.walk import Start, Walk
 from support_models import save_base
@@ -157,6 +157,46 @@ def test_latents_are_those_of_diffusers(pipeline: Any, name: str, steps: int) ->
     )
 
 
+OWN: list[dict[str, Any]] = [
+    {"_class_name": "PNDMScheduler", "skip_prk_steps": False},  # diffusers' default
+    {"_class_name": "PNDMScheduler", "skip_prk_steps": True},
+    {"_class_name": "TCDScheduler"},  # whose own eta is not 0
+    {"_class_name": "LCMScheduler"},
+    {"_class_name": "KDPM2DiscreteScheduler"},
+    {"_class_name": "KDPM2AncestralDiscreteScheduler"},
+    {"_class_name": "DEISMultistepScheduler"},
+    {"_class_name": "LMSDiscreteScheduler"},
+]
+
+
+@pytest.mark.parametrize("own", OWN, ids=lambda own: "-".join(map(str, own.values())))
+def test_a_bases_own_scheduler_is_walked_as_diffusers_walks_it(
+    pipeline: Any, own: dict[str, Any]
+) -> None:
+    config = dict(pipeline.scheduler.config) | own
+    drawn, generators = noise([3, 4], 4, 16, 16)
+    walk = Walk(
+        make_sampler("base", config), drawn, generators, steps=7, guidance=Guidance(scale=5.0)
+    )
+    assert walk.total == answers_of(*scheduler_of("base", config), 7)
+    other = type(pipeline)(**pipeline.components | {"scheduler": make_sampler("base", config)})
+    with torch.no_grad():
+        found = walk_on(walk, other.unet, *texts(pipeline))
+    torch.testing.assert_close(found, theirs(other, "base", 7, guidance_scale=5.0))
+
+
+def test_thresholds_know_the_noise_between_two_steps_of_second_order() -> None:
+    drawn, generators = noise([1], 4, 8, 8)
+    goal = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    config = config_of("epsilon") | {"_class_name": "KDPM2DiscreteScheduler"}
+    walk = Walk(make_sampler("base", config), drawn, generators, steps=8, guidance=UNGUIDED)
+    while not walk.done:
+        seen, timesteps = walk.ask()
+        predicted = knowing(goal, "epsilon")(seen, timesteps)
+        torch.testing.assert_close(walk._level().clean(seen, predicted), goal, rtol=0, atol=0.1)
+        walk.answer(predicted)
+
+
 def test_rescaled_guidance_is_that_of_diffusers(pipeline: Any) -> None:
     torch.testing.assert_close(
         ours(pipeline, "euler", Guidance(scale=8.0, rescale=0.7), 5),
@@ -250,7 +290,7 @@ def test_how_often_the_denoiser_is_asked_is_known_beforehand(
     made = 4 if strength is None else steps_made(4, strength)
     sampler = make_sampler(name, config_of(kind))
     walk = Walk(sampler, drawn, generators, steps=4, guidance=UNGUIDED, start=start)
-    assert walk.total == answers_of(class_of(name, config_of(kind)), made)
+    assert walk.total == answers_of(*scheduler_of(name, config_of(kind)), made)
 
 
 def test_an_interval_counts_steps_from_noise_also_where_a_picture_skips_some() -> None:

@@ -3,6 +3,7 @@
 import json
 import secrets
 from collections.abc import Sequence
+from typing import Any
 
 from sqlalchemy.orm import Session
 
@@ -23,7 +24,7 @@ from lookalike_platform import bases
 from lookalike_platform.bases import Base
 from lookalike_platform.db.tables import UploadedImage
 from lookalike_platform.errors import FieldProblem, InvalidRequest, fault_of
-from lookalike_platform.samplers import WITH_ETA, check_sampler, class_of
+from lookalike_platform.samplers import WITH_ETA, check_sampler, check_steps, scheduler_of
 from lookalike_platform.settings import Settings
 from lookalike_platform.steps import answers_of, guided_answers, steps_made
 
@@ -49,7 +50,9 @@ def admit(
     _check_casts(request, base, [cast, *regional])
     schedule = json.loads((base.folder / "scheduler/scheduler_config.json").read_text())
     check_sampler(request.sampler, base_scheduler_config=schedule)
-    _check_guided(request, class_of(request.sampler, schedule))
+    from_noise = request.init_image is None
+    check_steps(request.sampler, schedule, request.steps, from_noise=from_noise)
+    _check_guided(request, *scheduler_of(request.sampler, schedule))
     picture = _image(session, owner, request.init_image, "init_image")
     mask = _image(session, owner, request.mask_image, "mask_image")
     masks = [
@@ -155,15 +158,15 @@ def _check_casts(request: GenerationRequest, base: Base, casts: Sequence[Cast]) 
         raise InvalidRequest("An adapter cannot be kept to a region of the attention.", problems)
 
 
-def _check_guided(request: GenerationRequest, scheduler: str) -> None:
+def _check_guided(request: GenerationRequest, scheduler: str, config: dict[str, Any]) -> None:
     """Guidance that is asked for must act in some step that is made."""
     if request.guidance_scale == 1:
         return
     begin, end = request.guidance_interval
     strength = _strength(request)
     made = request.steps if strength is None else steps_made(request.steps, strength)
-    whole = answers_of(scheduler, request.steps)
-    skipped = whole - answers_of(scheduler, made)
+    whole = answers_of(scheduler, config, request.steps)
+    skipped = whole - answers_of(scheduler, config, made)
     if not any(answer >= skipped for answer in guided_answers((begin, end), whole)):
         message = f"[{begin:g}, {end:g}] has none of the steps that are made: widen it"
         problem = FieldProblem("guidance_interval", message)
