@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 from lookalike_platform.errors import FieldProblem, InvalidRequest
 
-NAME = re.compile(r"<([\w.-]+)>")
+NAME = re.compile(r"<(?P<name>[\w.-]+)>")
 
 
 @dataclass(frozen=True)
@@ -71,19 +71,35 @@ def bind(
             ],
         )
     _refuse_ambiguous(prompt, subjects, path)
-    for subject in subjects:
-        if subject.word:
-            prompt = _mention(subject.trigger).sub(subject.word, prompt)
-    bound = NAME.sub(lambda match: " and ".join(s.spoken() for s in known[match[1]]), prompt)
+    bound = _written(prompt, known, subjects)
     named = {subject.name for name in said for subject in known[name]}
     return bound, _unheard(bound, named, subjects) + _alike(subjects)
 
 
+def _written(
+    prompt: str, known: Mapping[str, Sequence[Subject]], subjects: Sequence[Subject]
+) -> str:
+    """All in one pass: a trigger may be part of another's name, and of another trigger."""
+    # At one place the longest counts.
+    ranked = sorted(subjects, key=lambda subject: len(subject.trigger), reverse=True)
+
+    def write(match: re.Match[str]) -> str:
+        if match["name"]:
+            return " and ".join(subject.spoken() for subject in known[match["name"]])
+        said = zip(ranked, match.groups()[1:], strict=True)
+        meant = next(subject for subject, trigger in said if trigger)
+        return meant.word or match[0]
+
+    triggers = [f"({_mention(subject.trigger).pattern})" for subject in ranked]
+    return re.sub("|".join([NAME.pattern, *triggers]), write, prompt, flags=re.IGNORECASE)
+
+
 def _refuse_ambiguous(prompt: str, subjects: Sequence[Subject], path: str) -> None:
     """A bare trigger that a learned word shares with another subject could mean either."""
+    bare = NAME.sub(" ", prompt)
     for subject in subjects:
         others = [s.name for s in subjects if s.trigger.lower() == subject.trigger.lower()]
-        if subject.word and len(others) > 1 and _says(prompt, subject.trigger):
+        if subject.word and len(others) > 1 and _says(bare, subject.trigger):
             listed = " or ".join(f"<{name}>" for name in others)
             raise InvalidRequest(
                 "The prompt does not say which subject is meant.",
@@ -119,5 +135,5 @@ def _says(prompt: str, word: str) -> bool:
 
 
 def _mention(word: str) -> re.Pattern[str]:
-    """The word as a whole, in any case, and not as `<word>`."""
-    return re.compile(rf"(?<![\w<]){re.escape(word)}(?![\w>])", re.IGNORECASE)
+    """The word as a whole, in any case."""
+    return re.compile(rf"(?<!\w){re.escape(word)}(?!\w)", re.IGNORECASE)

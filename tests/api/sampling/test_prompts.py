@@ -69,6 +69,27 @@ def test_a_learned_words_trigger_is_written_as_its_private_word() -> None:
     assert bind("a SKS on tasks", [ANN]) == ("a adv_1 on tasks", [])
 
 
+@pytest.mark.parametrize(
+    ("prompt", "bound"),
+    [
+        ("<my-sks-dog> and a sks", "adv_1 dog and a adv_1"),
+        ("<sks>, SKS-2, mask-sks", "adv_1 dog, SKS-2, mask-adv_1"),
+        ("a \N{LATIN SMALL LETTER LONG S}ks by an unclosed <sks", "a adv_1 by an unclosed <adv_1"),
+    ],
+)
+def test_a_trigger_within_a_name_or_a_longer_trigger_is_let_be(prompt: str, bound: str) -> None:
+    learned = Subject("my-sks-dog", "sks", "dog", word="adv_1")
+    groups = {"sks": [learned]}
+    others = [Subject("rex", "sks-2", "cat")]
+    assert bind(prompt, [*others, learned], groups)[0] == bound
+    assert bind(prompt, [learned, *others], groups)[0] == bound
+
+
+def test_a_name_that_has_the_trigger_of_two_in_it_is_not_ambiguous() -> None:
+    names = [Subject(f"{one}-sks", "sks", one, word=f"adv_{one}") for one in ("ann", "bob")]
+    assert bind("<ann-sks> meets <bob-sks>", names) == ("adv_ann ann meets adv_bob bob", [])
+
+
 @pytest.mark.parametrize("other", [BOB, REX])
 def test_a_bare_trigger_that_two_subjects_answer_to_is_refused(other: Subject) -> None:
     with pytest.raises(InvalidRequest) as refused:
