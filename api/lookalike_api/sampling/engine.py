@@ -78,6 +78,7 @@ class Engine:
         self._turns = 0
         self._stretch = 0
         self._last: Group | None = None
+        self._left: list[Painting] = []
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="writer")
 
     def accept(self, number: int, order: SampleOrder) -> None:
@@ -89,6 +90,14 @@ class Engine:
 
     def turn(self) -> bool:
         """One step of one group; whether there was anything to do."""
+        busy = self._turn()
+        # Batches hold their painting: apart, what they wore leaves memory now, and not when
+        # Python collects cycles.
+        while self._left:
+            self._left.pop().batches.clear()
+        return busy
+
+    def _turn(self) -> bool:
         self._give_up(lambda one: one.late, TOO_LATE)
         self._entrance.let_in([painting.base for painting in self._painted()])
         self._group_loaded()
@@ -272,6 +281,7 @@ class Engine:
     def _leave(self, painting: Painting) -> None:
         self._remove(painting)
         self._entrance.leave(painting)
+        self._left.append(painting)
 
     def _remove(self, painting: Painting) -> None:
         for group in self._groups.values():

@@ -262,6 +262,25 @@ def test_a_base_that_made_room_leaves_memory_though_its_adapters_are_kept(
     assert base.engine.adapters.host.held > 0
 
 
+def test_what_an_order_wore_leaves_memory_with_its_place_in_the_cache(
+    base_folder: Path, adapters: list[AdapterFile]
+) -> None:
+    roomy = engine_of(base_folder)
+    paint(roomy, adapters[1:])
+    engine = engine_of(base_folder, adapter_bytes=roomy.engine.adapters.host.held)
+    gc.collect()
+    gc.disable()
+    try:
+        paint(engine, adapters[1:])
+        (kept,) = engine.engine.adapters.host._kept.values()
+        gone = weakref.ref(kept.value.result())
+        del kept
+        paint(engine, adapters[:1])
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
 def test_adapters_too_large_together_are_refused_and_hold_nobody_up(
     base_folder: Path, adapters: list[AdapterFile]
 ) -> None:
