@@ -23,6 +23,7 @@ from lookalike_api.http import (
 )
 from lookalike_api.http.body_limit import BodyLimit
 from lookalike_api.http.context import Context
+from lookalike_api.sampling.direct import Caller
 from lookalike_platform.blobs import open_blobs
 from lookalike_platform.celery_app import make_app, send_with
 from lookalike_platform.db.engine import migrate, open_database
@@ -58,14 +59,18 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     url = settings.database_url
     db = open_database(url)
     send = partial(send_with, make_app(settings))
-    context = Context(settings, db, open_blobs(settings), Keeper(db, send, settings))
+    keeper = Keeper(db, send, settings)
+    caller = Caller(settings.sampler_url) if settings.sampler_url else None
+    context = Context(settings, db, open_blobs(settings), keeper, caller)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         await run_in_threadpool(migrate, url)
-        context.keeper.start()
+        keeper.start()
         yield
-        await run_in_threadpool(context.keeper.stop)
+        await run_in_threadpool(keeper.stop)
+        if caller:
+            caller.close()
         db.close()
 
     app = FastAPI(

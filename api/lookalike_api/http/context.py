@@ -6,6 +6,7 @@ from typing import Annotated
 
 from fastapi import Depends, Header, Path, Request
 
+from lookalike_api.sampling.direct import Caller
 from lookalike_platform.blobs import BlobStore
 from lookalike_platform.db.engine import Database
 from lookalike_platform.jobs.idempotency import MAX_KEY_CHARACTERS
@@ -15,12 +16,17 @@ from lookalike_platform.settings import Settings
 
 @dataclass
 class Context:
-    """The API's means, made once by `create_app`. `stopping()`: the server is shutting down."""
+    """The API's means, made once by `create_app`.
+
+    caller: to the sampler, if the settings say where it listens
+    stopping: whether the server is shutting down
+    """
 
     settings: Settings
     db: Database
     blobs: BlobStore
     keeper: Keeper
+    caller: Caller | None = None
     stopping: Callable[[], bool] = lambda: False
 
 

@@ -14,7 +14,6 @@ from lookalike_api.http import submission
 from lookalike_api.http.context import Context, Id, IdempotencyKey, Lookalike, Owner
 from lookalike_api.http.problems import documented
 from lookalike_api.http.shapes import Json, Moment, Parameters
-from lookalike_api.sampling import direct
 from lookalike_api.sampling.admission import admit
 from lookalike_api.sampling.limits import check_room
 from lookalike_api.sampling.requests import Compose, GenerateJob, GenerationRequest, PinnedImage
@@ -126,8 +125,8 @@ async def generate(
         raise InvalidRequest("The wait is too long.", [FieldProblem("wait", message)])
 
     def queue(session: Session) -> Json:
-        check_room(session, owner, context.settings)
         job, base = admit(session, owner, context.settings, wanted)
+        check_room(session, owner, context.settings)
         new = NewJob(
             owner=owner,
             kind="generate",
@@ -139,9 +138,9 @@ async def generate(
 
     asked = {"generation": wanted.model_dump(mode="json")}
     answer = await run_in_threadpool(submission.submit, context, owner, key, asked, queue)
-    if context.settings.sampler_url and not answer.replayed:
+    if context.caller and not answer.replayed:
         # Not waited for: a sampler that is away must cost the client nothing.
-        asyncio.get_running_loop().run_in_executor(None, direct.call, context.settings.sampler_url)
+        context.caller.call()
     if query.wait:
         id = answer.body["id"]
         job = await _finished(request, context, owner, id, time.monotonic() + query.wait)

@@ -8,9 +8,11 @@ be done, and its lease by whom, so that a lost call, or one too many, changes no
 reach the address can do no more than wake the worker: let it listen inside the installation only.
 """
 
+import contextlib
 import errno
 import http.client
 import logging
+import queue
 import threading
 import urllib.error
 import urllib.request
@@ -25,16 +27,42 @@ log = logging.getLogger(__name__)
 CALL_SECONDS = 1.0
 
 
-def call(url: str) -> None:
-    """Tell the worker at `url` that there is a generation; one that does not answer is let be."""
+class Caller:
+    """Tells the worker at `url` of generations, from a thread of its own, one after another."""
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+        self._due: queue.SimpleQueue[bool] = queue.SimpleQueue()
+        threading.Thread(target=self._run, name="caller", daemon=True).start()
+
+    def call(self) -> None:
+        """There is one more generation. Returns at once."""
+        self._due.put(True)
+
+    def close(self) -> None:
+        self._due.put(False)
+
+    def _run(self) -> None:
+        while self._due.get():
+            if not call(self._url):
+                # Those that came meanwhile would only wait for the same; the broker tells of all.
+                with contextlib.suppress(queue.Empty):
+                    while self._due.get_nowait():
+                        pass
+                    return
+
+
+def call(url: str) -> bool:
+    """Tell the worker at `url` that there is a generation; whether it answers."""
     # No proxy of the environment stands between two parts of one installation.
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
         request = urllib.request.Request(f"{url.rstrip('/')}/tickets", data=b"", method="POST")
         with opener.open(request, timeout=CALL_SECONDS):
-            pass
+            return True
     except (OSError, ValueError, http.client.HTTPException) as error:
         log.warning("the sampler at %s does not answer (%s): the broker will tell it", url, error)
+        return False
 
 
 def listen(url: str, serve: Callable[[], None], metrics: Callable[[], str]) -> ThreadingHTTPServer:

@@ -5,6 +5,7 @@ import math
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
+from lookalike_platform.db.locks import hold_queue
 from lookalike_platform.db.tables import Job
 from lookalike_platform.errors import TooMany
 from lookalike_platform.jobs.states import QUEUED, RUNNING_STATES, SUCCEEDED
@@ -16,7 +17,11 @@ UNKNOWN_SECONDS = 5.0  # of a generation, before any is finished
 
 
 def check_room(session: Session, owner: str, settings: Settings) -> None:
-    """Raises TooMany if no more of the owner's generations, or of anyone's, may be queued."""
+    """Raises TooMany if no more of the owner's generations, or of anyone's, may be queued.
+
+    To the end of the transaction nobody else may queue one: it is to come last in it.
+    """
+    hold_queue(session)
     queued = select(func.count()).where(Job.kind == "generate", Job.state == QUEUED)
     own = session.scalar(queued.where(Job.owner == owner)) or 0
     everyones = session.scalar(queued) or 0

@@ -1,6 +1,9 @@
 """Generations as far as the API decides them; pictures are made in tests/api/sampling."""
 
+import json
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +13,10 @@ from lookalike_api.sampling import direct
 from lookalike_platform import bases
 from lookalike_platform.db.tables import Job
 from lookalike_platform.jobs import lease as leases
+from lookalike_platform.settings import Settings
 from lookalike_registry.manifest import SubjectRecord
-from support_api import Api, paths_of, problem_of
+from support_api import Api, paths_of, problem_of, serving
+from support_databases import fresh_database
 from support_models import save_base
 from support_sampling import save_adapter
 
@@ -58,16 +63,28 @@ def test_nobody_waits_for_a_sampler_that_does_not_answer(
     api: Api, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     answered, called = threading.Event(), threading.Event()
+    calls = []
 
-    def call(url: str) -> None:
+    def call(url: str) -> bool:
+        calls.append(url)
         called.set()
         answered.wait()
+        return len(calls) > 1
 
-    monkeypatch.setitem(api.context.settings.__dict__, "sampler_url", "http://sampler")
     monkeypatch.setattr(direct, "call", call)
+    caller = direct.Caller("http://sampler")
+    monkeypatch.setattr(api.context, "caller", caller)
     assert ask(api).status_code == 202
     assert called.wait(60)
+    for _ in range(3):  # as many as came meanwhile, it will not be told of either
+        assert ask(api).status_code == 202
+    called.clear()
     answered.set()
+    while not caller._due.empty():
+        time.sleep(0.01)
+    assert ask(api).status_code == 202
+    assert called.wait(60)
+    assert calls == ["http://sampler"] * 2
 
 
 def test_an_alias_is_resolved_once(api: Api) -> None:
@@ -306,6 +323,26 @@ def test_a_subject_comes_from_one_adapter_alone(api: Api) -> None:
     api.add_version("rex")
     refused = ask(api, prompt="<rex>", adapters=[{"ref": "trio"}, {"ref": "rex"}])
     assert paths_of(refused) == ["adapters"]
+
+
+@pytest.mark.parametrize("dialect", ["sqlite", "postgresql"])
+def test_no_more_may_wait_however_many_are_asked_for_at_once(tmp_path: Path, dialect: str) -> None:
+    with fresh_database(dialect, tmp_path) as url:
+        settings = Settings(home=tmp_path, database_url=url, max_queued_per_owner=3)
+        with serving(settings) as api, ThreadPoolExecutor(12) as threads:
+            answers = list(threads.map(lambda _: ask(api).status_code, range(12)))
+            waiting = api.http.get("/v1/jobs?state=queued").json()["items"]
+    assert (sorted(answers), len(waiting)) == ([202] * 3 + [429] * 9, 3)
+
+
+@pytest.mark.parametrize("sampler", ["base", "ddim", "dpmsolver++"])
+def test_more_steps_than_the_noise_schedule_has_are_refused(api: Api, sampler: str) -> None:
+    base = save_base(api.settings.home / "short")
+    config = base / "scheduler/scheduler_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"num_train_timesteps": 30}))
+    (problem,) = problem_of(ask(api, base=str(base), steps=31, sampler=sampler), 422)["errors"]
+    assert (problem["path"], "1 to 30" in problem["message"]) == ("steps", True)
+    assert ask(api, base=str(base), steps=30, sampler=sampler).status_code == 202
 
 
 @pytest.mark.parametrize(
