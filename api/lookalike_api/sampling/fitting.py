@@ -6,6 +6,8 @@ from PIL import Image, ImageOps
 
 from lookalike_platform.errors import InvalidRequest
 
+GONE = "A picture that this generation starts from, or its mask, is gone: upload it again."
+
 
 def fitted(path: Path, mode: str, size: tuple[int, int]) -> Image.Image:
     """A picture in this size; the middle of it, if its proportions are others.
@@ -15,8 +17,6 @@ def fitted(path: Path, mode: str, size: tuple[int, int]) -> Image.Image:
     try:
         opened = Image.open(path)
     except FileNotFoundError as error:
-        raise InvalidRequest(
-            "A picture that this generation starts from, or its mask, is gone: upload it again."
-        ) from error
+        raise InvalidRequest(GONE) from error
     with opened as image:
         return ImageOps.fit(image.convert(mode), size, Image.Resampling.LANCZOS)

@@ -6,6 +6,7 @@ claim → preparing → sampling ─┬→ succeeded   pictures kept as blobs
                               └→ queued      the worker shuts down
 """
 
+import logging
 import tempfile
 import threading
 import time
@@ -19,6 +20,7 @@ from typing import Any
 from celery import signals
 
 from lookalike_api.sampling import direct
+from lookalike_api.sampling.fitting import GONE
 from lookalike_api.sampling.messages import AdapterFile, Region, SampleOrder
 from lookalike_api.sampling.metrics import exposition
 from lookalike_api.sampling.requests import GenerateJob, PinnedAdapter, PinnedImage
@@ -28,14 +30,16 @@ from lookalike_platform.blobs import BlobStore, open_blobs
 from lookalike_platform.celery_app import app
 from lookalike_platform.db.engine import Database
 from lookalike_platform.db.tables import Job
-from lookalike_platform.errors import LookalikeError
+from lookalike_platform.errors import InvalidRequest, LookalikeError, NotFound
 from lookalike_platform.jobs import lease as leases
 from lookalike_platform.jobs.fair import claim_fairly
 from lookalike_platform.jobs.hold import Hold
-from lookalike_platform.jobs.lease import Lease
+from lookalike_platform.jobs.lease import Lease, LeaseLost
 from lookalike_platform.jobs.work import carry_out_claimed
 from lookalike_platform.jobs.worker import worker_database, worker_name
 from lookalike_platform.settings import Settings, get_settings
+
+log = logging.getLogger(__name__)
 
 # A job fails when so many samplers died with it in a batch, or so many before it was in one.
 TRIES = 2
@@ -110,7 +114,9 @@ def _sample(
         job = session.get_one(Job, lease.job_id)
         request = GenerateJob.model_validate(job.request)
         fingerprint = job.base_fingerprint
-        deadline = request.deadline_seconds and job.created_at + request.deadline_seconds
+        # One that was begun, by a worker that is lost or shut down, was begun in time.
+        late_at = None if job.progress else request.deadline_seconds
+        deadline = late_at and job.created_at + late_at
     # Parameters go into the pictures, pictures into blobs: the folder is only a way between.
     with tempfile.TemporaryDirectory(prefix="lookalike-") as folder:
         order = _order(request, fingerprint, blobs, settings, Path(folder))
@@ -186,14 +192,25 @@ def _order(
 
 
 def _adapters(adapters: list[PinnedAdapter], blobs: BlobStore) -> tuple[AdapterFile, ...]:
+    gone = "its file is gone. Restore the blobs from a backup, or train or import it again."
     return tuple(
-        AdapterFile(one.ref, one.digest, blobs.path(one.digest), one.scale, one.word)
+        AdapterFile(
+            one.ref, one.digest, _path(one.digest, blobs, f"{one.ref}: {gone}"), one.scale, one.word
+        )
         for one in adapters
     )
 
 
 def _file(image: PinnedImage | None, blobs: BlobStore) -> Path | None:
-    return blobs.path(image.sha256) if image else None
+    return _path(image.sha256, blobs, GONE) if image else None
+
+
+def _path(sha256: str, blobs: BlobStore, gone: str) -> Path:
+    """Raises InvalidRequest, which says `gone`, for a blob that is not there, or not whole."""
+    try:
+        return blobs.path(sha256)
+    except NotFound as error:
+        raise InvalidRequest(f"{gone} ({error.detail})") from error
 
 
 def _paint(
@@ -237,6 +254,7 @@ def _progress_writer(db: Database, lease: Lease) -> Callable[[int, int], None]:
     written = 0.0
 
     def write(step: int, total: int) -> None:
+        """The first steps at once: a job with progress has been begun (jobs/reaper.py)."""
         nonlocal written
         now = time.monotonic()
         if now - written < PROGRESS_SECONDS and step < total:
@@ -249,7 +267,13 @@ def _progress_writer(db: Database, lease: Lease) -> Callable[[int, int], None]:
             "steps_per_second": round(rate, 3),
             "seconds_left": round((total - step) / rate, 1),
         }
-        leases.progress(db, lease, progress)
+        try:
+            leases.progress(db, lease, progress)
+        except LeaseLost:
+            raise
+        except Exception:
+            # The database is away for a moment: the pictures are worth more than how far they are.
+            log.warning("could not write the progress of %s", lease.job_id, exc_info=True)
 
     return write
 

@@ -85,9 +85,13 @@ def _take_back(db: Database, job_id: str, now: float, max_attempts: int) -> str 
 
 
 def _end_late(db: Database, now: float) -> list[str]:
-    """Fail jobs that are still queued at their deadline."""
+    """Fail jobs that are still queued at their deadline; one with progress was begun before."""
     allowed = Job.request["deadline_seconds"].as_float()
-    late = (Job.state == states.QUEUED, Job.created_at + allowed < now)
+    late = (
+        Job.state == states.QUEUED,
+        Job.created_at + allowed < now,
+        Job.progress["step"].as_integer().is_(None),
+    )
     with db.read_session() as session:
         job_ids = session.scalars(select(Job.id).where(*late)).all()
     for job_id in job_ids:

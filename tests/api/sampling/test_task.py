@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy.exc import OperationalError
 
 from lookalike_api.sampling import task
 from lookalike_api.sampling.admission import admit
@@ -153,6 +154,43 @@ def test_determinism_and_the_deadline_reach_the_sampler(
     assert (order.alone, order.deadline) == (True, created + 60)
 
 
+def test_a_generation_that_a_worker_had_begun_has_no_deadline_any_more(
+    settings: Settings, database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutdown = threading.Event()
+    monkeypatch.setattr(task, "_shutting_down", shutdown)
+
+    def stop(_order: SampleOrder, on_progress: Any, _should_stop: Any) -> None:
+        if not shutdown.is_set():
+            on_progress(1, 25)
+            shutdown.set()
+
+    sampler = Stub(stop)
+    job_id = submit(settings, database, deadline_seconds=60.0)
+    carry_out(settings, database, sampler)
+    assert look(database, job_id).job.state == "queued"
+    shutdown.clear()
+    carry_out(settings, database, Stub(lambda order, *_: sampler.orders.append(order)))
+    assert look(database, job_id).job.state == "succeeded"
+    assert [order.deadline is None for order in sampler.orders] == [False, True]
+
+
+def test_progress_that_cannot_be_written_costs_no_pictures(
+    settings: Settings,
+    database: Database,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def away(*_: Any) -> None:
+        raise OperationalError("UPDATE jobs", {}, Exception("the server closed the connection"))
+
+    monkeypatch.setattr(task.leases, "progress", away)
+    job_id = submit(settings, database)
+    carry_out(settings, database, Stub())
+    assert look(database, job_id).job.state == "succeeded"
+    assert "could not write the progress" in caplog.text
+
+
 def test_a_sampler_that_never_starts_fails_the_job(settings: Settings, database: Database) -> None:
     def never(*_: Any) -> None:
         raise SamplerDied("it ended with code 1", begun=False)
@@ -243,7 +281,8 @@ def test_weights_that_are_gone_fail_the_job(
     carry_out(settings, database, Stub())
     job = look(database, job_id).job
     assert job.error is not None
-    assert (job.state, version.digest in job.error["detail"]) == ("failed", True)
+    assert (job.state, "rex@1: its file is gone" in job.error["detail"]) == ("failed", True)
+    assert version.digest in job.error["detail"]
 
 
 def test_a_worker_with_another_base_of_that_name_fails_the_job(

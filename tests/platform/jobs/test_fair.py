@@ -53,14 +53,19 @@ def test_an_owners_jobs_are_served_oldest_first_and_other_kinds_are_left_alone(
 
 
 def test_a_job_nobody_began_by_its_deadline_fails_and_says_so(database: Database) -> None:
-    late, patient, begun = (submit(database, "generate") for _ in range(3))
+    late, patient, begun, drained = (submit(database, "generate") for _ in range(4))
     with database.session() as session:
-        for job_id, seconds in ((late, 5.0), (patient, 500.0), (begun, 5.0)):
+        for job_id, seconds in ((late, 5.0), (patient, 500.0), (begun, 5.0), (drained, 5.0)):
             session.get_one(Job, job_id).request = {"deadline_seconds": seconds}
     leases.claim(database, begun, "worker", 600)
+    lease = leases.claim(database, drained, "worker", 600)
+    assert lease is not None
+    leases.progress(database, lease, {"step": 1, "total": 25})
+    leases.release(database, lease)
     assert reap(database, time.time() + 10, max_attempts=3).ended == 1
     error = look(database, late).job.error
     assert error is not None
     assert "deadline" in error["detail"]
     assert look(database, patient).job.state == "queued"
+    assert look(database, drained).job.state == "queued"
     assert look(database, begun).job.state == "preparing"
