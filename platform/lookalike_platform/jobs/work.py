@@ -3,12 +3,14 @@
 claim → work ─┬→ succeeded
               ├→ failed     cause and remedy in the error
               ├→ canceled   its owner asked
-              └→ queued     the worker shuts down
+              └→ queued     the worker shuts down; or, by the reaper, the database was away
 """
 
 import logging
 from collections.abc import Callable
 from typing import Any
+
+from sqlalchemy.exc import OperationalError
 
 from lookalike_platform.db.engine import Database
 from lookalike_platform.errors import LookalikeError
@@ -48,6 +50,9 @@ def carry_out_claimed(
         _hold_and_work(db, lease, work, unforeseen)
     except LeaseLost:
         log.warning("%s went on elsewhere; leaving it alone", lease.job_id)
+    except OperationalError:
+        # The database is away: its owner's mistake it is not, and nothing can be written now.
+        log.exception("%s goes on when its lease has ended: the database is away", lease.job_id)
 
 
 def _hold_and_work(
@@ -56,7 +61,7 @@ def _hold_and_work(
     try:
         with held(db, lease) as hold:
             result = work(lease, hold)
-    except LeaseLost:
+    except (LeaseLost, OperationalError):
         raise
     except LookalikeError as error:
         leases.fail(db, lease, error.problem())

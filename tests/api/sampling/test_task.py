@@ -21,6 +21,7 @@ from lookalike_platform.db.engine import Database
 from lookalike_platform.db.tables import Job
 from lookalike_platform.errors import InvalidRequest
 from lookalike_platform.jobs import store
+from lookalike_platform.jobs.reaper import reap
 from lookalike_platform.settings import Settings
 from support_api import add_version
 from support_jobs import look
@@ -189,6 +190,23 @@ def test_progress_that_cannot_be_written_costs_no_pictures(
     carry_out(settings, database, Stub())
     assert look(database, job_id).job.state == "succeeded"
     assert "could not write the progress" in caplog.text
+
+
+@pytest.mark.parametrize("write", ["advance", "succeed"])
+def test_a_job_goes_on_later_when_the_database_was_away(
+    settings: Settings, database: Database, monkeypatch: pytest.MonkeyPatch, write: str
+) -> None:
+    def away(*_: Any) -> None:
+        raise OperationalError("UPDATE jobs", {}, Exception("the server closed the connection"))
+
+    monkeypatch.setattr(task.leases, write, away)
+    job_id = submit(settings, database)
+    carry_out(settings, database, Stub())
+    assert look(database, job_id).job.error is None
+    monkeypatch.undo()
+    assert reap(database, time.time() + 2 * settings.lease_seconds, max_attempts=3).requeued == 1
+    carry_out(settings, database, Stub())
+    assert look(database, job_id).job.state == "succeeded"
 
 
 def test_a_sampler_that_never_starts_fails_the_job(settings: Settings, database: Database) -> None:
