@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from lookalike_platform.errors import InvalidRequest
+from lookalike_platform.blobs import BlobStore
+from lookalike_platform.errors import InvalidRequest, NotFound
 from lookalike_platform.files import sha256_file
 from lookalike_registry.adapter_file import check_against_base
 from lookalike_registry.safetensors_header import Header, read_header
@@ -17,6 +18,18 @@ def check_file(path: Path, base_folder: Path) -> Header:
     """
     ours = METHOD_KEY in read_header(path).metadata
     return (check_tensors if ours else check_against_base)(path, base_folder)
+
+
+def registered_file(blobs: BlobStore, ref: str, digest: str) -> Path:
+    """Where the weights of the version `ref` are. Raises InvalidRequest, by name, if they are gone,
+    or damaged in the store."""
+    try:
+        return blobs.path(digest)
+    except NotFound as error:
+        raise InvalidRequest(
+            f"{ref}: its file is gone. Restore the blobs from a backup, or train or import it "
+            f"again. ({error.detail})"
+        ) from error
 
 
 def check_registered(path: Path, digest: str, base_folder: Path) -> Header:

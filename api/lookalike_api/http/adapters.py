@@ -19,6 +19,7 @@ from lookalike_platform import bases
 from lookalike_platform.db.tables import AdapterVersion
 from lookalike_platform.errors import InvalidRequest, NotFound
 from lookalike_registry import versions
+from lookalike_registry.check import registered_file
 from lookalike_registry.formats.process import export_apart
 from lookalike_registry.manifest import Manifest
 from lookalike_registry.register import CANDIDATE, GRID_NAME
@@ -203,7 +204,7 @@ def export_version(
         raise InvalidRequest(
             f"{name}@{label} was trained on another base model than the {base.name} that is here."
         )
-    weights = context.blobs.path(version.digest)
+    weights = registered_file(context.blobs, version.ref, version.digest)
     with TemporaryDirectory() as folder:
         cache = context.settings.cache
         made = export_apart(weights, base.folder, form, base.family, FilePath(folder), rank, cache)

@@ -38,6 +38,7 @@ from lookalike_platform.jobs.lease import Lease, LeaseLost
 from lookalike_platform.jobs.work import carry_out_claimed
 from lookalike_platform.jobs.worker import worker_database, worker_name
 from lookalike_platform.settings import Settings, get_settings
+from lookalike_registry.check import registered_file
 
 log = logging.getLogger(__name__)
 
@@ -192,25 +193,23 @@ def _order(
 
 
 def _adapters(adapters: list[PinnedAdapter], blobs: BlobStore) -> tuple[AdapterFile, ...]:
-    gone = "its file is gone. Restore the blobs from a backup, or train or import it again."
     return tuple(
         AdapterFile(
-            one.ref, one.digest, _path(one.digest, blobs, f"{one.ref}: {gone}"), one.scale, one.word
+            one.ref,
+            one.digest,
+            registered_file(blobs, one.ref, one.digest),
+            one.scale,
+            one.word,
         )
         for one in adapters
     )
 
 
 def _file(image: PinnedImage | None, blobs: BlobStore) -> Path | None:
-    return _path(image.sha256, blobs, GONE) if image else None
-
-
-def _path(sha256: str, blobs: BlobStore, gone: str) -> Path:
-    """Raises InvalidRequest, which says `gone`, for a blob that is not there, or not whole."""
     try:
-        return blobs.path(sha256)
+        return blobs.path(image.sha256) if image else None
     except NotFound as error:
-        raise InvalidRequest(f"{gone} ({error.detail})") from error
+        raise InvalidRequest(GONE) from error
 
 
 def _paint(

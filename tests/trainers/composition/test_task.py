@@ -225,3 +225,18 @@ def test_a_damaged_parent_fails_the_job_in_words(
     assert known.job.state == "failed"
     assert known.job.result is None
     assert known.job.error["detail"].startswith("tom@1: The file is damaged")
+
+
+def test_a_parent_that_is_gone_fails_the_job_by_name(
+    local: Settings,
+    db: Database,
+    blobs: BlobStore,
+    parents: list[AdapterVersion],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(task, "warm", lambda _: None)  # it would outlive the test
+    job_id = submit(local, db, parents)
+    blobs.delete(parents[1].digest)
+    known = carry_out(local, db, blobs, job_id)
+    assert known.job.state == "failed"
+    assert known.job.error["detail"].startswith("tom@1: its file is gone")

@@ -24,6 +24,7 @@ from lookalike_platform.jobs.lease import Lease
 from lookalike_platform.jobs.work import carry_out
 from lookalike_platform.jobs.worker import worker_database, worker_name
 from lookalike_platform.settings import Settings, get_settings
+from lookalike_registry.check import registered_file
 from lookalike_registry.manifest import Manifest
 from lookalike_registry.mlflow_client import warm
 from lookalike_registry.register import register
@@ -77,7 +78,7 @@ def _compose_and_register(
                     ref=parent.ref,
                     digest=parent.digest,
                     method=parent.method,
-                    file=blobs.path(parent.digest),
+                    file=registered_file(blobs, parent.ref, parent.digest),
                     scale=parent.scale,
                     subjects=parent.subjects,
                 )

@@ -24,6 +24,7 @@ from lookalike_platform.jobs.lease import Lease
 from lookalike_platform.jobs.work import carry_out
 from lookalike_platform.jobs.worker import worker_database, worker_name
 from lookalike_platform.settings import Settings, get_settings
+from lookalike_registry.check import registered_file
 from lookalike_trainers.assignment import resolve_base
 from lookalike_trainers.evaluation.request import EvaluateJob, EvaluationRequest
 from lookalike_trainers.following import follow
@@ -85,7 +86,7 @@ def evaluation_request(
     return EvaluationRequest(
         **asked.model_dump(exclude={"adapters", "options"}),
         options=asked.options,
-        adapter=blobs.path(asked.adapters[0].digest),
+        adapter=registered_file(blobs, asked.adapters[0].ref, asked.adapters[0].digest),
         base_folder=resolve_base(job, settings).folder,
         photos=[blobs.path(digest) for digest in photos],
         clip_encoder=settings.clip_encoder,
