@@ -19,10 +19,9 @@ from support_merging import Maker, asked, merged, saved
 from support_methods import CARD, CPU
 from support_models import RESOLUTION
 from support_pairs import Adapter, answers, noisy, wearing
+from support_sampling import LIBRARY_WARNINGS, save_adapter
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:__array__ implementation doesn't accept:DeprecationWarning"
-)  # diffusers' own
+pytestmark = LIBRARY_WARNINGS
 
 NOT_MERGED = {"t_lora", rules.COMPOSITION}
 KINDS = [*(kind for kind in rules.KINDS if kind not in NOT_MERGED), "pivotal"]
@@ -161,6 +160,31 @@ def test_loras_become_a_lora_that_plain_diffusers_paints_alike(
     painted = diffusers_paints(pipe, "a sks dog")
     assert not same(painted, bare)
     assert same(painted, we_paint(base, "a sks dog", "lora", file))
+
+
+@pytest.mark.parametrize("strategy", [s.name for s in rules.STRATEGIES if "lora" in s.takes])
+def test_loras_of_unlike_layers_and_ranks_are_merged_for_plain_diffusers_too(
+    base: Path, tmp_path: Path, strategy: str
+) -> None:
+    files = [tmp_path / name / WEIGHTS_NAME for name in ("one", "other")]
+    for file in files:
+        file.parent.mkdir()
+    save_adapter(files[0], base, 1, rank=1, targets=("to_q", "ff.net.2"))
+    save_adapter(files[1], base, 2, rank=6, targets=("to_k", "to_q", "conv1"), text_encoder=True)
+    parents = [("lora", files[0], 0.7, "sks"), ("lora", files[1], -0.5, "zwx")]
+    method, merged_file, _, _ = saved(asked(base, strategy, parents), tmp_path)
+    assert method == "lora"
+    pipe = pipeline(base)
+    pipe.load_lora_weights(merged_file)
+    painted = diffusers_paints(pipe, "a sks dog")
+    assert same(painted, we_paint(base, "a sks dog", "lora", merged_file))
+    pipe.unload_lora_weights()
+    assert not same(painted, diffusers_paints(pipe, "a sks dog"))
+    if strategy == "weighted_sum":
+        for name, file in zip("ab", files, strict=True):
+            pipe.load_lora_weights(file, adapter_name=name)
+        pipe.set_adapters(["a", "b"], [0.7, -0.5])
+        assert same(painted, diffusers_paints(pipe, "a sks dog"))
 
 
 def test_a_merged_version_merges_again(base: Path, adapter: Maker, tmp_path: Path) -> None:
