@@ -106,9 +106,9 @@ def _end_late(db: Database, now: float) -> list[str]:
 def _lost(times: int) -> LookalikeError:
     return LookalikeError(
         f"worker lost {times} times: the process running this job disappeared at each attempt, "
-        "most often because memory ran out. Look at the worker's log, ask for less (a smaller "
-        "batch_size or resolution, gradient_checkpointing), then submit the job again; "
-        "LOOKALIKE_MAX_ATTEMPTS sets how often a job is tried."
+        "most often because memory ran out, or could not reach its database. Look at the worker's "
+        "log, ask for less (a smaller batch_size or resolution, gradient_checkpointing), then "
+        "submit the job again; LOOKALIKE_MAX_ATTEMPTS sets how often a job is tried."
     )
 
 
