@@ -102,7 +102,7 @@ def test_an_adapter_at_its_start_is_not_pulled_anywhere(folder: Path, mixed_prec
     method, data = prepared(folder, mixed_precision=mixed_precision)
     batch = data.batch(3, 0, 0, 1)
     prediction = batch.answered_by(method.module)
-    torch.testing.assert_close(prediction[2:].float(), batch.target[2:], rtol=0, atol=1e-6)
+    torch.testing.assert_close(prediction[2:].float(), batch.target[2:], rtol=0, atol=1e-5)
     assert (prediction[:2] - batch.target[:2]).abs().max() > 0.1
 
 
@@ -112,7 +112,7 @@ def test_the_base_answers_for_the_class_where_the_text_encoder_trains_too(folder
     assert isinstance(batch.text, torch.Tensor)
     assert torch.equal(batch.text[2:], BaseParts(folder / "base", CPU).ids(["a dog"] * 2))
     prediction = batch.answered_by(method.module)
-    torch.testing.assert_close(prediction[2:].float(), batch.target[2:], rtol=0, atol=1e-6)
+    torch.testing.assert_close(prediction[2:].float(), batch.target[2:], rtol=0, atol=1e-5)
 
 
 def test_the_base_itself_is_another_and_does_not_change(folder: Path) -> None:
