@@ -12,7 +12,7 @@ from lookalike_registry.manifest import SubjectRecord
 from lookalike_trainers.base_parts import BaseParts
 from lookalike_trainers.composition.merging import merge
 from lookalike_trainers.composition.request import CompositionRequest, MergeOptions, ParentFile
-from lookalike_trainers.methods.composition import Change, save
+from lookalike_trainers.methods.composition import Change, load, save
 from support_methods import CARD, CPU
 from support_models import RESOLUTION
 from support_pairs import Adapter, trained_adapter
@@ -40,16 +40,16 @@ def trained_or_merged(base: Path, folder: Path, kind: str, number: int) -> Adapt
     return method, file, scale, word
 
 
-def parent_file(method: str, file: Path, scale: float, subject: SubjectRecord) -> ParentFile:
+def parent_file(method: str, file: Path, scale: float, *subjects: SubjectRecord) -> ParentFile:
     """As it was registered."""
     digest = sha256_file(file)
     return ParentFile(
-        ref=f"{subject.name}@1",
+        ref=f"{subjects[0].name}@1",
         digest=digest,
         method=method,
         file=file,
         scale=scale,
-        subjects=[subject],
+        subjects=list(subjects),
     )
 
 
@@ -60,7 +60,8 @@ def asked(base: Path, strategy: str, adapters: list[Adapter], **options: Any) ->
         subject = SubjectRecord(
             name=word, trigger=word, class_noun="dog", phrase="{trigger}", learned=learned
         )
-        parents.append(parent_file(method, file, scale, subject))
+        count = len(load(file).subjects) if method == rules.COMPOSITION else 1
+        parents.append(parent_file(method, file, scale, *[subject] * count))
     return CompositionRequest(
         name="duo",
         strategy=strategy,

@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from lookalike_platform.conditioning import Text, predict
+from lookalike_platform.errors import CapabilityMissing
 from lookalike_registry.adapter_file import WEIGHTS_NAME
 from lookalike_registry.compose import rules
+from lookalike_registry.formats.export import FORMATS, export
 from lookalike_registry.safetensors_header import read_header
 from lookalike_trainers.base_parts import BaseParts
 from lookalike_trainers.composition.parents import read
@@ -196,3 +198,35 @@ def test_a_merged_version_merges_again(base: Path, adapter: Maker, tmp_path: Pat
     assert [bool(subject.rows) for subject in again.subjects] == [True, True, True]
     assert [bool(subject.gate) for subject in again.subjects] == [True, False, False]
     assert again.deltas.keys() == load(first[1]).deltas.keys()
+
+
+def test_words_keep_their_places_behind_a_merged_lora_of_several_subjects(
+    base: Path, adapter: Maker, tmp_path: Path
+) -> None:
+    """The record of a merge of LoRAs has two subjects, though its file has no words."""
+    loras = [adapter("lora", 0), adapter("lora", 1)]
+    pack = saved(asked(base, "weighted_sum", loras), tmp_path)
+    words = [adapter("textual_inversion", number) for number in (0, 1)]
+    request = asked(base, "weighted_sum", [pack, *words])
+    both = [request.parents[0].subjects[0].model_copy(update={"name": name}) for name in "ab"]
+    first = request.parents[0].model_copy(update={"subjects": both})
+    method, file, _, word = saved(
+        request.model_copy(update={"parents": [first, *request.parents[1:]]}), tmp_path
+    )
+    parts = BaseParts(base, CPU)
+    for place, alone in zip((3, 4), words, strict=True):
+        with wearing(parts, (method, file, 1.0, word)):
+            found = parts.encode([f"a {word}-{place}"], RESOLUTION).features
+        with wearing(parts, (*alone[:3], word)):
+            expected = parts.encode([f"a {word}"], RESOLUTION).features
+        torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_a_merge_with_words_is_exported_in_no_format_and_says_so(
+    base: Path, adapter: Maker, tmp_path: Path, form: str
+) -> None:
+    parents = [adapter("custom_diffusion", 0), adapter("custom_diffusion", 1)]
+    _, file, _, _ = saved(asked(base, "weighted_sum", parents), tmp_path)
+    with pytest.raises(CapabilityMissing, match="only those of LoRAs without words"):
+        export(file, base, form, "sd1", tmp_path)

@@ -42,6 +42,8 @@ def merge(request: CompositionRequest, base: BaseParts, on_step: OnStep) -> Chan
     for parent in request.parents:
         on_step(0, 1)  # how much there is to do is known once they are read
         parents.append(read(parent, base))
+        if len(parents[-1].subjects) != len(parent.subjects):  # words go by their places
+            raise ValueError(f"{parent.ref} has not the subjects of its record")
     match request.strategy:
         case "weighted_sum":
             merged = _sum(parents)

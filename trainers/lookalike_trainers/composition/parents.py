@@ -35,16 +35,18 @@ def read(parent: ParentFile, base: BaseParts) -> Change:
     _check(parent, base.folder)
     file, scale = parent.file, parent.scale
     header = read_header(file)
+    # A merge of LoRAs has several, none of which learned a word.
+    unlearned = [Subject() for _ in parent.subjects]
     if METHOD_KEY not in header.metadata:
-        return _of_products(read_lora(file), scale, Subject(), base)
+        return _of_products(read_lora(file), scale, unlearned, base)
     tensors = {key: tensor.float() for key, tensor in load_file(file).items()}
     rows = under(TOKENS, tensors)
     match parent.method:
         case "lora":
-            return _of_products(loaded_products(tensors), scale, Subject(rows), base)
+            return _of_products(loaded_products(tensors), scale, [Subject(rows)], base)
         case "ed_lora":
             layers = int(adapter_info(header, file.name).config["layers"])
-            return _of_products(loaded_products(tensors), scale, Subject(rows, layers), base)
+            return _of_products(loaded_products(tensors), scale, [Subject(rows, layers)], base)
         case "custom_diffusion" | "dreambooth":
             changed = under(deltas.PREFIX, tensors)
         case "diff_fit":
@@ -78,7 +80,7 @@ def _check(parent: ParentFile, base_folder: Path) -> None:
 
 
 def _of_products(
-    products: Mapping[str, Product], scale: float, subject: Subject, base: BaseParts
+    products: Mapping[str, Product], scale: float, subjects: list[Subject], base: BaseParts
 ) -> Change:
     """DoRA's lengths make a product a delta, g (W + B A) - W with g = m / ||W + B A||."""
     pairs, changed = {}, {}
@@ -94,7 +96,7 @@ def _of_products(
         gain = product.magnitude.float().flatten() / whole.flatten(1).norm(dim=1)
         gain = gain.view(-1, *(1,) * (weight.dim() - 1))
         changed[f"{name}.weight"] = scale * (gain * whole - weight)
-    return Change(pairs, changed, [subject])
+    return Change(pairs, changed, subjects)
 
 
 def _scaled(change: Change, scale: float) -> Change:
