@@ -23,6 +23,7 @@ from lookalike_registry import block_scales, spectra
 from lookalike_registry.adapter_file import WEIGHTS_NAME, LoraCard
 from lookalike_registry.base_weights import stored_weights
 from lookalike_registry.compose.low_rank import compress
+from lookalike_registry.compose.rules import COMPOSITION
 from lookalike_registry.formats import custom_diffusion
 from lookalike_registry.formats.diffusers_lora import save_diffusers
 from lookalike_registry.formats.kohya import to_kohya
@@ -119,6 +120,8 @@ def export(
     Raises CapabilityMissing for an adapter that the format cannot hold.
     """
     adapter = replace(_open(path, base_folder, family), rank=rank, cache=cache)
+    if adapter.method == COMPOSITION and adapter._of("tokens"):  # of several subjects
+        raise CapabilityMissing(f"{adapter.method} with words, as {form}: {_why(adapter)}")
     return FORMATS[form](adapter, folder)
 
 
