@@ -54,7 +54,7 @@ class Walk:
             noise: unit Gaussian noise [n, channels, height, width].
             generators: one for each picture, for samplers that add noise on the way.
             start: image-to-image (SDEdit, Meng et al. 2022), with a mask inpainting.
-            eta: share of DDPM's noise that DDIM adds; other samplers take none.
+            eta: share of DDPM's noise that DDIM adds; others take none, or have it 0.
         """
         self.guidance = guidance
         self._sampler = sampler
@@ -134,7 +134,9 @@ class Walk:
             share = float(self._sampler.alphas_cumprod[int(self._timesteps[self.count])])
             return Level(share**0.5, (1 - share) ** 0.5, kind)
         sigmas = self._sampler.sigmas
-        if hasattr(self._sampler, "sigmas_interpol") and not self._sampler.state_in_first_order:
+        # Its middles lie between two of these; the ancestral one's are the next ones.
+        middles = type(self._sampler).__name__ == "KDPM2DiscreteScheduler"
+        if middles and not self._sampler.state_in_first_order:
             sigmas = self._sampler.sigmas_interpol
         sigma = float(sigmas[self._skipped + self.count])
         if kind == "flow_prediction":

@@ -185,10 +185,11 @@ def test_a_bases_own_scheduler_is_walked_as_diffusers_walks_it(
     torch.testing.assert_close(found, theirs(other, "base", 7, guidance_scale=5.0))
 
 
-def test_thresholds_know_the_noise_between_two_steps_of_second_order() -> None:
+@pytest.mark.parametrize("name", ["KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler"])
+def test_thresholds_know_the_noise_between_two_steps_of_second_order(name: str) -> None:
     drawn, generators = noise([1], 4, 8, 8)
     goal = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    config = config_of("epsilon") | {"_class_name": "KDPM2DiscreteScheduler"}
+    config = config_of("epsilon") | {"_class_name": name}
     walk = Walk(make_sampler("base", config), drawn, generators, steps=8, guidance=UNGUIDED)
     while not walk.done:
         seen, timesteps = walk.ask()

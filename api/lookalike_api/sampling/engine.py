@@ -95,6 +95,7 @@ class Engine:
         # Python collects cycles.
         while self._left:
             self._left.pop().batches.clear()
+        self._bases.rest([group.base for group in self._groups.values()])
         return busy
 
     def _turn(self) -> bool:
@@ -103,7 +104,6 @@ class Engine:
         self._group_loaded()
         group = self._next()
         if group is None:
-            self._bases.rest()
             return False
         self._turns += 1
         group.served = self._turns

@@ -18,5 +18,9 @@ def fitted(path: Path, mode: str, size: tuple[int, int]) -> Image.Image:
         opened = Image.open(path)
     except FileNotFoundError as error:
         raise InvalidRequest(GONE) from error
-    with opened as image:
+    with opened:
+        image: Image.Image = opened
+        if mode == "L" and opened.has_transparency_data:  # a mask's transparent parts are not white
+            black = Image.new("RGBA", opened.size, "black")
+            image = Image.alpha_composite(black, opened.convert("RGBA"))
         return ImageOps.fit(image.convert(mode), size, Image.Resampling.LANCZOS)

@@ -33,10 +33,11 @@ class ResidentBases:
         self._cache = cache
         self._bases: OrderedDict[tuple[str, str], ResidentBase] = OrderedDict()
 
-    def rest(self) -> None:
-        """Nobody paints: what rows wore last leaves memory."""
+    def rest(self, in_use: Sequence["ResidentBase"]) -> None:
+        """What rows wore last of those that nobody paints with leaves memory."""
         for base in self._bases.values():
-            base.edits.put_on([])
+            if base not in in_use:
+                base.edits.put_on([])
 
     def get(
         self,

@@ -90,7 +90,7 @@ def _end_late(db: Database, now: float) -> list[str]:
     late = (
         Job.state == states.QUEUED,
         Job.created_at + allowed < now,
-        Job.progress["step"].as_integer().is_(None),
+        Job.progress["step"].as_string().is_(None),
     )
     with db.read_session() as session:
         job_ids = session.scalars(select(Job.id).where(*late)).all()

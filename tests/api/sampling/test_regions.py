@@ -1,5 +1,6 @@
 """Regions in the engine: against plain requests, and against MultiDiffusion's loop written out."""
 
+import io
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,13 @@ from PIL import Image
 from lookalike_api.sampling.loading import method_of
 from lookalike_api.sampling.messages import AdapterFile, Region, SampleOrder
 from lookalike_api.sampling.regions import box_cells, mask_cells, numbered
+from lookalike_datasets.intake import examine
 from lookalike_platform.conditioning import encode, predict
 from lookalike_platform.diffusion import decode, generators_of, noise
 from lookalike_platform.errors import InvalidRequest
 from lookalike_platform.files import sha256_file
 from lookalike_platform.samplers import make_sampler
+from lookalike_platform.settings import Settings
 from lookalike_trainers.base_parts import BaseParts
 from lookalike_trainers.methods.find import wear_of
 from support_images import picture
@@ -306,6 +309,19 @@ def test_boxes_and_masks_are_brought_to_latents() -> None:
     one, other = box_cells(ALL, 2, 2), box_cells(RIGHT, 2, 2)
     assert numbered([one, None, other]) == [bytes([1, 3])] * 2
     assert numbered([None]) == []
+
+
+def test_what_a_mask_leaves_transparent_is_not_of_the_region(tmp_path: Path) -> None:
+    """As programs to paint with save it, and as an upload of it is kept."""
+    mask = Image.new("RGBA", (64, 64), (255, 255, 255, 0))
+    mask.paste((255, 255, 255, 255), (0, 0, 32, 64))
+    mask.save(tmp_path / "mask.png")
+    sent = io.BytesIO((tmp_path / "mask.png").read_bytes())
+    verdict = examine("mask.png", sent, Settings(home=tmp_path))
+    (tmp_path / "kept.png").write_bytes(verdict.png)
+    for name in ("mask.png", "kept.png"):
+        cells = mask_cells(tmp_path / name, (64, 64), 4, 4)
+        assert cells == [bytes([1, 1, 0, 0])] * 4
 
 
 def test_a_mask_of_other_proportions_loses_its_edges(tmp_path: Path) -> None:
