@@ -61,7 +61,8 @@ class Fusion:
         """
         if self._unheard:
             raise ValueError(f"concepts {sorted(self._unheard)} were not observed")
-        ridge = self._ridge * self._gram.diagonal().mean()
+        heard = self._gram.diagonal().mean()
+        ridge = self._ridge * heard if heard > 0 else 1.0  # of silence: the plain sum
         total = self._gram.clone()
         total.diagonal().add_(ridge)
         downs = [pair.down.double().flatten(1) for pair in self._pairs]

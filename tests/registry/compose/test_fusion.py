@@ -113,3 +113,9 @@ def test_a_concept_without_inputs_is_refused() -> None:
     _, pairs, inputs = concepts(2)
     with pytest.raises(ValueError, match=r"\[1\] were not observed"):
         fused(pairs, inputs[:1])
+
+
+def test_what_hears_nothing_but_silence_is_the_plain_sum() -> None:
+    _, pairs, inputs = concepts(2)
+    whole = fused(pairs, [torch.zeros_like(each) for each in inputs]).dense()
+    torch.testing.assert_close(whole, pairs[0].dense() + pairs[1].dense())

@@ -162,6 +162,21 @@ def test_ssr_and_fusion_are_theirs_in_every_layer(
 
 
 @pytest.mark.parametrize("strategy", ["ssr", "fusion"])
+def test_a_parent_at_scale_0_leaves_the_other_as_it_is(
+    base: Path, adapter: Maker, strategy: str
+) -> None:
+    silent = [(*made[:2], 0.0, made[3]) for made in (adapter("lora", 0), adapter("lora", 1))]
+    (one,) = pairs_of([adapter("lora", 0)])
+    found = merged(asked(base, strategy, [adapter("lora", 0), silent[1]])).products
+    assert found.keys() == one.keys()
+    for name, pair in found.items():
+        torch.testing.assert_close(pair.dense(), one[name].dense(), rtol=1e-3, atol=1e-5)
+    nothing = merged(asked(base, strategy, silent))
+    assert not any(pair.dense().any() for pair in nothing.products.values())
+    assert len(nothing.subjects) == 2
+
+
+@pytest.mark.parametrize("strategy", ["ssr", "fusion"])
 def test_what_a_parent_hears_is_answered_as_by_it_alone(
     base: Path, adapter: Maker, monkeypatch: pytest.MonkeyPatch, strategy: str
 ) -> None:

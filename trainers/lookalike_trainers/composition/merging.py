@@ -173,17 +173,22 @@ def _heard(
 ) -> Change:
     """By what each layer hears while each parent paints.
 
-    A parent without a product in a layer has one of rank 0: nothing of it is to answer.
+    A parent without a product in a layer has one of rank 0: nothing of it is to answer. One of
+    scale 0 does not paint: it would silence the others.
     """
+    painting = [place for place, parent in enumerate(request.parents) if parent.scale]
+    if not painting:
+        return _sum(parents)
+    heard = [parents[place] for place in painting]
     layers = {
-        name: merger([parent.products.get(name, _nothing(own[0])) for parent in parents])
-        for name, own in _pairs(parents).items()
+        name: merger([parent.products.get(name, _nothing(own[0])) for parent in heard])
+        for name, own in _pairs(heard).items()
     }
-    steps = _Steps(on_step, len(parents) + len(layers))
-    for place in steps.over(range(len(parents))):
+    steps = _Steps(on_step, len(painting) + len(layers))
+    for number, place in enumerate(steps.over(painting)):
 
-        def hear(name: str, inputs: Tensor, place: int = place) -> None:
-            layers[name].observe(place, inputs)
+        def hear(name: str, inputs: Tensor, number: int = number) -> None:
+            layers[name].observe(number, inputs)
 
         _observe(base, request, parent_place=place, layers=list(layers), hear=hear)
     return Change({name: layers[name].merged() for name in steps.over(layers)})
