@@ -106,6 +106,10 @@ def _admit(session: Session, owner: str, settings: Settings, wanted: EvaluationW
         message = f"was trained on another base model than the {base.name} that is here"
         raise wrong_values([FieldProblem("adapter", message)])
     set_id = wanted.subject_set or manifest.lineage.subject_set
+    if not set_id:  # merged, or imported
+        message = f"is missing: {version.ref} learned from no photos of its own. Name those of "
+        problem = FieldProblem("subject_set", f"{message}{manifest.subjects[0].name}")
+        raise wrong_values([problem])
     try:
         subject_sets.get(session, owner, set_id)
     except NotFound as error:

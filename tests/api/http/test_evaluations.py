@@ -70,6 +70,18 @@ def test_what_cannot_be_carried_out_is_refused_with_its_field(
     assert paths_of(ask(api, **{"subject_set": api.add_set()["id"], **wanted})) == [path]
 
 
+def test_a_version_without_photos_of_its_own_asks_for_some(api: Api) -> None:
+    """As merged and imported ones are."""
+    version = api.add_version("rex")
+    with api.context.db.session() as session:
+        row = session.get_one(type(version), version.id)
+        row.manifest = row.manifest | {"lineage": row.manifest["lineage"] | {"subject_set": ""}}
+    (problem,) = problem_of(ask(api), 422)["errors"]
+    assert problem["path"] == "subject_set"
+    assert "Name those of rex" in problem["message"]
+    assert ask(api, subject_set=api.add_set()["id"]).status_code == 202
+
+
 def test_a_version_of_another_base_is_refused(api: Api) -> None:
     version = api.add_version("rex")
     with api.context.db.session() as session:
