@@ -97,12 +97,21 @@ def test_loss_and_gradient_are_the_subjects_and_the_distance_from_the_base_on_th
     assert torch.equal(batch.timesteps[2:], t)
 
 
-@pytest.mark.parametrize("mixed_precision", ["no", "bf16"])
-def test_an_adapter_at_its_start_is_not_pulled_anywhere(folder: Path, mixed_precision: str) -> None:
-    method, data = prepared(folder, mixed_precision=mixed_precision)
+def test_an_adapter_at_its_start_is_not_pulled_anywhere(folder: Path) -> None:
+    """In float64: in float32, sums over another number of rows are rounded otherwise."""
+    method, data = prepared(folder)
+    method.module.double()
+    batch = in_float64(data).batch(3, 0, 0, 1)
+    prediction = batch.answered_by(method.module)
+    torch.testing.assert_close(prediction[2:], batch.target[2:], rtol=0, atol=1e-12)
+    assert (prediction[:2] - batch.target[:2]).abs().max() > 0.1
+
+
+def test_an_adapter_at_its_start_is_not_pulled_anywhere_in_half_precision(folder: Path) -> None:
+    method, data = prepared(folder, mixed_precision="bf16")
     batch = data.batch(3, 0, 0, 1)
     prediction = batch.answered_by(method.module)
-    torch.testing.assert_close(prediction[2:].float(), batch.target[2:], rtol=0, atol=1e-5)
+    torch.testing.assert_close(prediction[2:].float(), batch.target[2:], rtol=0, atol=1e-6)
     assert (prediction[:2] - batch.target[:2]).abs().max() > 0.1
 
 
@@ -112,7 +121,7 @@ def test_the_base_answers_for_the_class_where_the_text_encoder_trains_too(folder
     assert isinstance(batch.text, torch.Tensor)
     assert torch.equal(batch.text[2:], BaseParts(folder / "base", CPU).ids(["a dog"] * 2))
     prediction = batch.answered_by(method.module)
-    torch.testing.assert_close(prediction[2:].float(), batch.target[2:], rtol=0, atol=1e-5)
+    torch.testing.assert_close(prediction[2:].float(), batch.target[2:], rtol=0, atol=1e-6)
 
 
 def test_the_base_itself_is_another_and_does_not_change(folder: Path) -> None:
