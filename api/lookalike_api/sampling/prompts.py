@@ -70,14 +70,16 @@ def bind(
                 for name in unknown
             ],
         )
-    _refuse_ambiguous(prompt, subjects, path)
-    bound = _written(prompt, known, subjects)
+    bound = _written(prompt, known, subjects, path)
     named = {subject.name for name in said for subject in known[name]}
     return bound, _unheard(bound, named, subjects) + _alike(subjects)
 
 
 def _written(
-    prompt: str, known: Mapping[str, Sequence[Subject]], subjects: Sequence[Subject]
+    prompt: str,
+    known: Mapping[str, Sequence[Subject]],
+    subjects: Sequence[Subject],
+    path: str,
 ) -> str:
     """All in one pass: a trigger may be part of another's name, and of another trigger."""
     # At one place the longest counts.
@@ -88,23 +90,22 @@ def _written(
             return " and ".join(subject.spoken() for subject in known[match["name"]])
         said = zip(ranked, match.groups()[1:], strict=True)
         meant = next(subject for subject, trigger in said if trigger)
+        _refuse_ambiguous(meant.trigger, subjects, path)
         return meant.word or match[0]
 
     triggers = [f"({_mention(subject.trigger).pattern})" for subject in ranked]
     return re.sub("|".join([NAME.pattern, *triggers]), write, prompt, flags=re.IGNORECASE)
 
 
-def _refuse_ambiguous(prompt: str, subjects: Sequence[Subject], path: str) -> None:
+def _refuse_ambiguous(trigger: str, subjects: Sequence[Subject], path: str) -> None:
     """A bare trigger that a learned word shares with another subject could mean either."""
-    bare = NAME.sub(" ", prompt)
-    for subject in subjects:
-        others = [s.name for s in subjects if s.trigger.lower() == subject.trigger.lower()]
-        if subject.word and len(others) > 1 and _says(bare, subject.trigger):
-            listed = " or ".join(f"<{name}>" for name in others)
-            raise InvalidRequest(
-                "The prompt does not say which subject is meant.",
-                [FieldProblem(path, f"{subject.trigger} may mean {listed}: write that")],
-            )
+    alike = [subject for subject in subjects if subject.trigger.lower() == trigger.lower()]
+    if len(alike) > 1 and any(subject.word for subject in alike):
+        listed = " or ".join(f"<{subject.name}>" for subject in alike)
+        raise InvalidRequest(
+            "The prompt does not say which subject is meant.",
+            [FieldProblem(path, f"{trigger} may mean {listed}: write that")],
+        )
 
 
 def _unheard(bound: str, named: set[str], subjects: Sequence[Subject]) -> list[str]:

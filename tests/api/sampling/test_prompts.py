@@ -85,6 +85,12 @@ def test_a_trigger_within_a_name_or_a_longer_trigger_is_let_be(prompt: str, boun
     assert bind(prompt, [learned, *others], groups)[0] == bound
 
 
+def test_a_longer_trigger_that_has_one_of_two_in_it_is_not_ambiguous() -> None:
+    both = [Subject(one, "sks", one, word=f"adv_{one}") for one in ("ann", "cat")]
+    bound, _ = bind("a sks-2", [*both, Subject("dan", "sks-2", "dog", word="adv_dan")])
+    assert bound == "a adv_dan"
+
+
 def test_a_name_that_has_the_trigger_of_two_in_it_is_not_ambiguous() -> None:
     names = [Subject(f"{one}-sks", "sks", one, word=f"adv_{one}") for one in ("ann", "bob")]
     assert bind("<ann-sks> meets <bob-sks>", names) == ("adv_ann ann meets adv_bob bob", [])
