@@ -10,7 +10,7 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import InternalError, OperationalError, TimeoutError
 
 from lookalike_platform.db.engine import Database
 from lookalike_platform.errors import LookalikeError
@@ -19,6 +19,10 @@ from lookalike_platform.jobs.hold import Hold, held
 from lookalike_platform.jobs.lease import Lease, LeaseLost
 
 log = logging.getLogger(__name__)
+
+AWAY = (OperationalError, InternalError, TimeoutError)
+"""What a database raises that cannot be reached, is read-only after a failover, or has no more
+connections."""
 
 Work = Callable[[Lease, Hold], dict[str, Any] | None]
 """Gives the job's result; None if it stopped before it had one, since it was to stop."""
@@ -50,7 +54,7 @@ def carry_out_claimed(
         _hold_and_work(db, lease, work, unforeseen)
     except LeaseLost:
         log.warning("%s went on elsewhere; leaving it alone", lease.job_id)
-    except OperationalError:
+    except AWAY:
         # The database is away: its owner's mistake it is not, and nothing can be written now.
         log.exception("%s goes on when its lease has ended: the database is away", lease.job_id)
 
@@ -61,7 +65,7 @@ def _hold_and_work(
     try:
         with held(db, lease) as hold:
             result = work(lease, hold)
-    except (LeaseLost, OperationalError):
+    except (LeaseLost, *AWAY):
         raise
     except LookalikeError as error:
         leases.fail(db, lease, error.problem())

@@ -22,6 +22,7 @@ from lookalike_platform.db.tables import Job
 from lookalike_platform.errors import InvalidRequest
 from lookalike_platform.jobs import store
 from lookalike_platform.jobs.reaper import reap
+from lookalike_platform.jobs.work import AWAY
 from lookalike_platform.settings import Settings
 from support_api import add_version
 from support_jobs import look
@@ -193,11 +194,16 @@ def test_progress_that_cannot_be_written_costs_no_pictures(
 
 
 @pytest.mark.parametrize("write", ["advance", "succeed"])
+@pytest.mark.parametrize("error", AWAY)
 def test_a_job_goes_on_later_when_the_database_was_away(
-    settings: Settings, database: Database, monkeypatch: pytest.MonkeyPatch, write: str
+    settings: Settings,
+    database: Database,
+    monkeypatch: pytest.MonkeyPatch,
+    error: type[Exception],
+    write: str,
 ) -> None:
     def away(*_: Any) -> None:
-        raise OperationalError("UPDATE jobs", {}, Exception("the server closed the connection"))
+        raise error("UPDATE jobs", {}, Exception("the server closed the connection"))
 
     monkeypatch.setattr(task.leases, write, away)
     job_id = submit(settings, database)
