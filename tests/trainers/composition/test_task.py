@@ -108,6 +108,7 @@ def test_a_merge_becomes_a_version_with_all_its_lineage(
     assert known.job.error is None
     assert known.states == ["queued", "preparing", "composing", "registering", "succeeded"]
     assert known.job.result["ref"] == "duo@1"
+    assert not (local.runs / known.job.id).exists()
     with db.read_session() as session:
         version = versions.resolve(session, "local", "duo@candidate")
     assert (version.method, version.digest) == ("lora", known.job.result["digest"])
@@ -211,32 +212,24 @@ def test_a_merge_that_a_shutdown_stopped_is_done_by_the_next_worker(
     assert known.job.result["ref"] == "duo@1"
 
 
-def test_a_damaged_parent_fails_the_job_in_words(
+@pytest.mark.parametrize("gone", [False, True])
+def test_a_parent_that_is_damaged_or_gone_fails_the_job_by_name(
     local: Settings,
     db: Database,
     blobs: BlobStore,
     parents: list[AdapterVersion],
     monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(task, "warm", lambda _: None)  # it would outlive the test
-    file = blobs.path(parents[1].digest)
-    file.write_bytes(file.read_bytes()[:-1] + b"\0")
-    known = carry_out(local, db, blobs, submit(local, db, parents))
-    assert known.job.state == "failed"
-    assert known.job.result is None
-    assert known.job.error["detail"].startswith("tom@1: The file is damaged")
-
-
-def test_a_parent_that_is_gone_fails_the_job_by_name(
-    local: Settings,
-    db: Database,
-    blobs: BlobStore,
-    parents: list[AdapterVersion],
-    monkeypatch: pytest.MonkeyPatch,
+    gone: bool,
 ) -> None:
     monkeypatch.setattr(task, "warm", lambda _: None)  # it would outlive the test
     job_id = submit(local, db, parents)
-    blobs.delete(parents[1].digest)
+    file = blobs.path(parents[1].digest)
+    if gone:
+        file.unlink()
+    else:
+        file.write_bytes(file.read_bytes()[:-1] + b"\0")
     known = carry_out(local, db, blobs, job_id)
     assert known.job.state == "failed"
-    assert known.job.error["detail"].startswith("tom@1: its file is gone")
+    assert known.job.result is None
+    reason = "its file is gone" if gone else "The file is damaged"
+    assert known.job.error["detail"].startswith(f"tom@1: {reason}")

@@ -10,6 +10,7 @@ that comes back with a finished result only registers.
 """
 
 import json
+import shutil
 import time
 from typing import Any
 
@@ -104,6 +105,7 @@ def _compose_and_register(
     leases.renew(db, lease)
     weights = record.weights.file
     version = register(db, blobs, settings, record, {weights: result / weights}, [])
+    shutil.rmtree(folder)  # a copy of the weights that would outlive the version
     return {
         "concept": version.concept,
         "version": version.version,
