@@ -175,7 +175,8 @@ def _strategy(wanted: CompositionWanted, kinds: Sequence[str]) -> rules.Strategy
     message = f"there is no {wanted.strategy!r}; these parents can be merged by {choices}"
     for one in rules.STRATEGIES:
         if one.name == wanted.strategy:
-            others = ", ".join(dict.fromkeys(kind for kind in kinds if kind not in one.takes))
+            beside = [kind for kind in kinds if kind not in one.takes | rules.WORDS] or kinds
+            others = ", ".join(dict.fromkeys(beside))
             message = f"{one.name} does not take {others}; what takes all these parents: {choices}"
     raise wrong_values([FieldProblem("strategy", message)])
 
@@ -186,7 +187,7 @@ def _options(
     for name in sorted(wanted.options.model_fields_set - strategy.options):
         has = ", ".join(sorted(strategy.options)) or "none"
         yield FieldProblem(f"options.{name}", f"is no option of {strategy.name}, which has {has}")
-    without = [kind for kind in kinds if kind not in rules.PRODUCTS]
+    without = [kind for kind in kinds if kind not in rules.PRODUCTS | rules.WORDS]
     if strategy.name == "svd" and wanted.options.rank is None and without:
         message = f"is missing: {without[0]} has no rank of its own that svd could keep to"
         yield FieldProblem("options.rank", message)

@@ -30,7 +30,7 @@ class CombinationView(View):
 
 
 class StrategyView(View):
-    """A way to merge: what kinds it takes, and which options it has."""
+    """A way to merge: what kinds it takes, textual inversions beside them, and its options."""
 
     name: str
     summary: str

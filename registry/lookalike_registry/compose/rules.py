@@ -17,6 +17,7 @@ COMPOSITION = "composition"
 
 PRODUCTS = frozenset({"lora", "ed_lora"})  # W' = W + B A at every timestep
 WEIGHTS = frozenset({"custom_diffusion", "dreambooth", "svdiff", "diff_fit"})  # W' = W + delta
+WORDS = frozenset({"textual_inversion"})  # they touch nothing that others change
 MATRICES = PRODUCTS | WEIGHTS | {"dora"}  # all whose change of the base is one fixed sum
 KINDS = (
     "lora", "dora", "t_lora", "ed_lora", "custom_diffusion", "dreambooth", "svdiff", "diff_fit",
@@ -41,7 +42,11 @@ _GATED = (
 
 @dataclass(frozen=True)
 class Strategy:
-    """A way to merge. `takes`: kinds of parents; `options`: those it has, of `MergeOptions`."""
+    """A way to merge.
+
+    takes: kinds of parents; words go along with those of every strategy
+    options: those it has, of `MergeOptions`
+    """
 
     name: str
     takes: frozenset[str]
@@ -137,7 +142,8 @@ def strategies_for(kinds: Sequence[str]) -> tuple[str, ...]:
 
     None at all if a kind cannot be merged.
     """
-    return tuple(one.name for one in STRATEGIES if one.takes.issuperset(kinds))
+    changing = frozenset(kinds) - WORDS or WORDS
+    return tuple(one.name for one in STRATEGIES if one.takes >= changing)
 
 
 def strategy(name: str) -> Strategy:

@@ -38,6 +38,9 @@ def test_the_order_of_a_pair_does_not_matter() -> None:
         (["custom_diffusion", "custom_diffusion"], "closed_form"),
         (["custom_diffusion", "lora"], "weighted_sum"),
         (["textual_inversion", "dreambooth"], "weighted_sum"),
+        (["textual_inversion", "textual_inversion"], "weighted_sum"),
+        (["lora", "textual_inversion", "ed_lora"], "ssr"),
+        (["textual_inversion", "custom_diffusion"], "closed_form"),
         (["perfusion", "perfusion"], "weighted_sum"),
     ],
 )

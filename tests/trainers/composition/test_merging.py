@@ -24,6 +24,7 @@ from support_merging import Maker, asked, merged, saved
 from support_methods import CARD, CPU, trained
 from support_models import RESOLUTION
 from support_pairs import Adapter, wearing
+from support_sampling import save_adapter
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:__array__ implementation doesn't accept:DeprecationWarning"
@@ -159,6 +160,43 @@ def test_ssr_and_fusion_are_theirs_in_every_layer(
         expected = wanted @ torch.linalg.inv(whole + ridge)
         found = fused[name].dense().double().flatten(1)
         torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
+
+
+PLACES = [
+    *((strategy, "lora") for strategy in ("ssr", "fusion", "svd", "ties", "dare_linear")),
+    ("closed_form", "custom_diffusion"),
+]
+
+
+@pytest.mark.parametrize(("strategy", "kind"), PLACES, ids=map("-".join, PLACES))
+def test_words_alone_change_nothing_that_the_others_merge(
+    base: Path, adapter: Maker, strategy: str, kind: str
+) -> None:
+    pair, word = [adapter(kind, 0), adapter(kind, 1)], adapter("textual_inversion", 0)
+    without = merged(asked(base, strategy, pair))
+    beside = merged(asked(base, strategy, [pair[0], word, pair[1]]))
+    assert [bool(one.rows) for one in beside.subjects].count(True) == 1 + sum(
+        bool(one.rows) for one in without.subjects
+    )
+    assert beside.products.keys() == without.products.keys()
+    for name, product in beside.products.items():
+        torch.testing.assert_close(product.dense(), without.products[name].dense())
+    assert beside.deltas.keys() == without.deltas.keys()
+    for name, delta in beside.deltas.items():
+        torch.testing.assert_close(delta, without.deltas[name])
+
+
+def test_no_layer_of_a_merge_has_more_rank_than_its_sides(base: Path, tmp_path: Path) -> None:
+    files = [tmp_path / f"{number}.safetensors" for number in range(2)]
+    for number, file in enumerate(files):
+        save_adapter(file, base, number, rank=64)
+    parents = [("lora", file, 0.7, name) for file, name in zip(files, ("a", "b"), strict=True)]
+    whole = merged(asked(base, "weighted_sum", parents)).products
+    one, other = pairs_of(parents)
+    for name, pair in whole.items():
+        assert len(pair.down) <= min(one[name].dense().flatten(1).shape)
+        expected = one[name].dense() + other[name].dense()
+        torch.testing.assert_close(pair.dense(), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("strategy", ["ssr", "fusion"])

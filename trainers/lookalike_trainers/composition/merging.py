@@ -6,12 +6,12 @@ them, and what the base hears (observing.py) or reads (words.py).
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from lookalike_platform.errors import InvalidRequest
 from lookalike_registry.compose.closed_form import ConceptWords
 from lookalike_registry.compose.dare import dare_linear
 from lookalike_registry.compose.fusion import Fusion
@@ -23,7 +23,7 @@ from lookalike_trainers.base_parts import BaseParts
 from lookalike_trainers.composition import words
 from lookalike_trainers.composition.observing import observe
 from lookalike_trainers.composition.parents import read
-from lookalike_trainers.composition.request import CompositionRequest
+from lookalike_trainers.composition.request import CompositionRequest, ParentFile
 from lookalike_trainers.methods.composition import Change
 from lookalike_trainers.methods.deltas import parameters_of
 from lookalike_trainers.methods.products import layers_of
@@ -36,14 +36,13 @@ OnStep = Callable[[int, int], None]
 def merge(request: CompositionRequest, base: BaseParts, on_step: OnStep) -> Change:
     """The merged change, with the words of all parents.
 
-    Raises what `read` raises.
+    Raises what `read` raises, and InvalidRequest for a parent whose words are not its record's.
     """
     parents = []
     for parent in request.parents:
         on_step(0, 1)  # how much there is to do is known once they are read
         parents.append(read(parent, base))
-        if len(parents[-1].subjects) != len(parent.subjects):  # words go by their places
-            raise ValueError(f"{parent.ref} has not the subjects of its record")
+        _check_subjects(parent, parents[-1])
     match request.strategy:
         case "weighted_sum":
             merged = _sum(parents)
@@ -61,7 +60,11 @@ def merge(request: CompositionRequest, base: BaseParts, on_step: OnStep) -> Chan
             merged = _bind_words(parents, request, base, on_step)
         case _:
             raise ValueError(f"there is no strategy {request.strategy}")
-    return replace(merged, subjects=[one for parent in parents for one in parent.subjects])
+    return Change(
+        {name: _of_full_rank(pair) for name, pair in merged.products.items()},
+        merged.deltas,
+        [one for parent in parents for one in parent.subjects],
+    )
 
 
 class _Steps:
@@ -76,6 +79,21 @@ class _Steps:
             yield item
             self.done += 1
             self.on_step(self.done, self.total)
+
+
+def _check_subjects(parent: ParentFile, change: Change) -> None:
+    """Words go by their places. Raises InvalidRequest where the record has others than the file."""
+    if len(change.subjects) != len(parent.subjects):
+        raise InvalidRequest(
+            f"{parent.ref} has words for {len(change.subjects)} subjects, and its record tells of "
+            f"{len(parent.subjects)}: merge its own parents again, and take what comes of it."
+        )
+
+
+def _of_full_rank(pair: LowRank) -> LowRank:
+    """The same product without more rank than its layer has."""
+    most = min(len(pair.up), pair.down[0].numel()) if len(pair.down) else 0
+    return shorten(pair, rank=most) if len(pair.down) > most else pair
 
 
 def _sum(parents: Sequence[Change]) -> Change:
@@ -173,10 +191,10 @@ def _heard(
 ) -> Change:
     """By what each layer hears while each parent paints.
 
-    A parent without a product in a layer has one of rank 0: nothing of it is to answer. One of
-    scale 0 does not paint: it would silence the others.
+    A parent without a product in a layer has one of rank 0: nothing of it is to answer. Words
+    alone, or a scale of 0, change no layer: such a parent does not paint, to silence nobody.
     """
-    painting = [place for place, parent in enumerate(request.parents) if parent.scale]
+    painting = [n for n, own in enumerate(parents) if own.products and request.parents[n].scale]
     if not painting:
         return _sum(parents)
     heard = [parents[place] for place in painting]
@@ -197,19 +215,25 @@ def _heard(
 def _bind_words(
     parents: Sequence[Change], request: CompositionRequest, base: BaseParts, on_step: OnStep
 ) -> Change:
-    """A layer that a parent leaves alone is to answer its words as the base does."""
+    """A layer that a parent leaves alone is to answer its words as the base does. Of parents that
+    are words alone none is bound: they are read as other captions are. One that is alone in
+    changing layers stays as it is."""
     names = sorted({name for parent in parents for name in parent.deltas})
-    steps = _Steps(on_step, len(parents) + len(names))
+    binding = [place for place, parent in enumerate(parents) if parent.deltas]
+    if len(binding) < 2:
+        return _sum(parents)
+    steps = _Steps(on_step, len(binding) + len(names))
     known = words.statistics(base, request.resolution)
     features = [
-        words.features(base, parent, request.resolution) for parent in steps.over(request.parents)
+        words.features(base, request.parents[place], request.resolution)
+        for place in steps.over(binding)
     ]
     bound = ConceptWords.of(known, features)
     weights = parameters_of(base)
     deltas = {}
     for name in steps.over(names):
         weight = weights[name].detach().cpu()
-        tuned = [weight + parent.deltas.get(name, 0.0) for parent in parents]
+        tuned = [weight + parents[place].deltas.get(name, 0.0) for place in binding]
         deltas[name] = bound.merge_layer(weight, tuned) - weight
     return Change(deltas=deltas)
 
